@@ -1,0 +1,45 @@
+# Everything a newcomer needs; each target sets up .venv by itself.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SITE ?= _site
+
+# make study ARXIV=DIR SCALE=desk WORKSPACE=DIR ARGS="--only R01,R02"
+STUDY = $(if $(ARXIV),--arxiv "$(ARXIV)") $(if $(SCALE),--scale "$(SCALE)") $(if $(WORKSPACE),--workspace "$(WORKSPACE)") $(ARGS)
+
+.PHONY: help install study test docs lab clean
+
+help:
+	@echo "make study   arXiv sources in, a finished study out (ARXIV=DIR SCALE=smoke|desk WORKSPACE=DIR ARGS=...)"
+	@echo "make test    nbdev-test and pytest"
+	@echo "make docs    the site, in $(SITE)/"
+	@echo "make lab     JupyterLab on nbs/"
+	@echo "make clean   removes $(VENV) and $(SITE), keeps the workspace"
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo "installing into $(VENV), pinned by constraints.txt: some minutes and about 2 GB the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@start=$$SECONDS; $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"; \
+	  echo "installed in $$((SECONDS-start)) s, $$(du -sh $(VENV) | cut -f1)"
+	@touch $@
+
+study: install
+	@$(BIN)/arxiv-study study $(STUDY)
+
+test: install
+	$(BIN)/nbdev-test --n-workers 2
+	$(BIN)/python -m pytest
+
+docs: install
+	$(BIN)/python docs/build.py --out $(SITE)
+
+lab: install
+	$(BIN)/arxiv-study lab
+
+clean:
+	rm -rf $(VENV) $(SITE)
