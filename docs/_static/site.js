@@ -1,0 +1,105 @@
+// Draws every figure of a page in the theme's colours, again when the theme changes; loads Plotly only where there is one.
+(() => {
+  const here = document.currentScript.src;
+  const style = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const dark = () => document.documentElement.dataset.theme === "dark";
+  const BLACK = new Set(["#000", "#000000", "black", "rgb(0,0,0)", "rgb(0, 0, 0)"]);
+
+  // Black is the eighth Okabe-Ito colour and vanishes on a dark page: it stands for "the colour of text".
+  const inked = (value, ink) =>
+    typeof value === "string" ? (BLACK.has(value.toLowerCase()) ? ink : value)
+    : Array.isArray(value) ? value.map(v => inked(v, ink))
+    : value && typeof value === "object" && !ArrayBuffer.isView(value)
+      ? Object.fromEntries(Object.entries(value).map(([k, v]) => [k, k === "bdata" ? v : inked(v, ink)])) : value;
+
+  const themed = fig => {
+    const ink = style("--pst-color-text-base"), faint = style("--pst-color-border"), paper = style("--pst-color-background");
+    const { data, layout } = inked(fig, ink);
+    const axis = { gridcolor: faint, zerolinecolor: faint, linecolor: ink, tickcolor: ink, automargin: true, ticks: "outside" };
+    const template = { layout: {
+      font: { color: ink, family: style("--pst-font-family-base"), size: 14 },
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", colorway: layout.colorway,
+      title: { x: 0, xref: "container", xanchor: "left", font: { size: 17 } },
+      xaxis: axis, yaxis: axis, hoverlabel: { bgcolor: paper, bordercolor: ink, font: { color: ink } },
+      colorscale: { sequential: "Viridis", sequentialminus: "Viridis" }, legend: { bgcolor: "rgba(0,0,0,0)" },
+    }, data: { table: [{ header: { fill: { color: faint }, font: { color: ink } }, cells: { fill: { color: paper }, font: { color: ink } } }] } };
+    const own = structuredClone(layout);
+    for (const key of ["paper_bgcolor", "plot_bgcolor"]) if (/^(white|#fff(fff)?)$/i.test(own[key] || "")) delete own[key];
+    delete own.width;
+    return { data, layout: { ...own, template, colorway: layout.colorway, autosize: true } };
+  };
+
+  const fold = (text, width) => {  // long titles wrap instead of running out of a narrow page
+    const lines = [""];
+    for (const word of text.split(" ")) (lines.at(-1) + word).length > width ? lines.push(word) : lines.push((lines.pop() + " " + word).trim());
+    return lines.join("<br>");
+  };
+
+  const draw = (figure, fig) => {
+    const canvas = figure.querySelector(".plot-canvas"), { data, layout } = themed(fig);
+    const title = typeof layout.title === "string" ? { text: layout.title } : layout.title;
+    if (title?.text && !title.text.includes("<br>")) {
+      const text = fold(title.text, Math.max(24, Math.floor(canvas.clientWidth / 9)));
+      layout.title = { ...title, text };
+      const extra = text.split("<br>").length - 1;
+      if (extra) layout.margin = { ...layout.margin, t: (layout.margin?.t ?? 80) + 20 * extra };
+    }
+    return Plotly.react(canvas, structuredClone(data), layout, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] });
+  };
+
+  // The table behind a figure is made from what Plotly drew, when somebody opens it.
+  const columns = trace => trace.type === "sankey"
+    ? [["from", trace.link.source.map(i => trace.node.label[i])], ["to", trace.link.target.map(i => trace.node.label[i])], ["value", trace.link.value]]
+    : [["x", trace.x], ["y", trace.y], ["z", trace.z], ["label", trace.labels], ["value", trace.values], ["text", trace.type === "scatter" ? null : trace.text]]
+      .concat(trace.error_y?.array ? [["± y", trace.error_y.array]] : []).filter(([, v]) => v && v.length && typeof v !== "string");
+  const number = v => typeof v === "number" ? (Number.isInteger(v) ? String(v) : v.toPrecision(5)) : Array.isArray(v) || ArrayBuffer.isView(v) ? [...v].map(number).join(" ") : String(v ?? "");
+  const axisName = (layout, key, fallback) => (layout[key]?.title?.text || fallback).replace(/<[^>]+>/g, " ");
+  const tabulate = (details, canvas) => {
+    const full = canvas._fullData.map((t, i) => ({ ...canvas.data[i], ...{ name: t.name, x: t.x, y: t.y, z: t.z, type: t.type } }));
+    const table = document.createElement("table");
+    table.className = "table";
+    for (const trace of full) {
+      const cols = columns(trace);
+      if (!cols.length) continue;
+      const caption = trace.showlegend === false ? "" : trace.name || "", rows = Math.min(200, Math.max(...cols.map(([, v]) => v.length)));
+      const head = table.createTHead().insertRow();
+      for (const [name] of cols) {
+        const th = document.createElement("th");
+        th.scope = "col";
+        th.textContent = name === "x" ? axisName(canvas.layout, "xaxis", "x") : name === "y" ? axisName(canvas.layout, "yaxis", caption || "y") : name;
+        head.append(th);
+      }
+      const body = document.createElement("tbody");
+      if (full.length > 1 && caption) {
+        const row = body.insertRow(), th = document.createElement("th");
+        th.colSpan = cols.length; th.scope = "rowgroup"; th.textContent = caption; row.append(th);
+      }
+      for (let i = 0; i < rows; i++) { const row = body.insertRow(); for (const [, v] of cols) row.insertCell().textContent = number(v[i]); }
+      if (table.tBodies.length && table.tHead.rows.length > 1 && table.tHead.rows[0].textContent === head.textContent) head.remove();
+      table.append(body);
+    }
+    details.append(table);
+  };
+
+  const figures = [...document.querySelectorAll("figure.plot")];
+  for (const figure of figures) {
+    const json = figure.querySelector(".plot-json"), details = figure.querySelector(".plot-table");
+    figure.fig = JSON.parse(json.textContent);
+    details.addEventListener("toggle", () => { if (details.open && !details.querySelector("table")) tabulate(details, figure.querySelector(".plot-canvas")); });
+  }
+  if (figures.length) {
+    const script = document.createElement("script");
+    script.src = new URL("plotly.min.js", here).href;
+    script.onload = () => {
+      const all = () => figures.forEach(f => draw(f, f.fig));
+      all();
+      new MutationObserver(all).observe(document.documentElement, { attributeFilter: ["data-theme"] });
+      document.documentElement.dataset.figures = "drawn";
+    };
+    document.head.append(script);
+  }
+
+  // A link to a symbol lands on its folded source too when that is what was asked for.
+  const open = () => document.getElementById(decodeURIComponent(location.hash.slice(1)))?.closest("details")?.setAttribute("open", "");
+  addEventListener("hashchange", open); open();
+})();

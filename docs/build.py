@@ -1,0 +1,179 @@
+#!/usr/bin/env python
+"""Build the docs site from the notebooks, offline: `python docs/build.py --out _site`; README.md: `--readme`."""
+import argparse, html, re, shutil, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
+from pathlib import Path
+
+import nbformat
+from chapters import BuildError, Chapter, Links, execute, page, read_chapter
+from readme import check_readme, write_readme
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("corpus", "tokens", "model", "study")
+LOCAL = ("settings.ini", "pyproject.toml", "runs", "README.md") # what notebooks may read, beside nbs/
+
+
+def find_chapters(root:Path, # repository
+                  only:str="*" # comma separated globs on file names or paths
+                 )->list[Chapter]:
+    "All notebooks that become pages, in reading order: nbs/ without explore/, then the families of runs/."
+    nbs = root/"nbs"
+    files = [(f, nbs) for f in sorted(nbs.rglob("*.ipynb")) if f.relative_to(nbs).parts[0] in (*ROOMS, f.name)]
+    files += [(f, root) for f in sorted((root/"runs").glob("*.ipynb")) if f.name != "run.ipynb"]
+    wanted = lambda f: any(fnmatch(f.relative_to(root).as_posix(), g) or fnmatch(f.stem, g) for g in only.split(","))
+    found = [read_chapter(f, root, base) for f, base in files if ".ipynb_checkpoints" not in f.parts and wanted(f)]
+    if not found: raise BuildError(f"No notebook under {nbs} matches {only}.")
+    return found
+
+def copy_tree(root:Path, work:Path):
+    "Notebooks run in a copy, so that whatever they write beside themselves stays out of the repository."
+    tree = work/"tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    skip = shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__")
+    shutil.copytree(root/"nbs", tree/"nbs", ignore=skip)
+    for name in LOCAL:
+        if (root/name).is_dir(): shutil.copytree(root/name, tree/name, ignore=skip)
+        elif (root/name).exists(): shutil.copy2(root/name, tree/name)
+
+def execute_all(chapters:list[Chapter], root:Path, work:Path, jobs:int, timeout_s:int)->dict[str, nbformat.NotebookNode]:
+    "Executed notebooks by page; every failure is collected and named, not only the first."
+    done, failures = {}, []
+    def one(chapter):
+        start = time.monotonic()
+        try: done[chapter.page] = execute(chapter, root, work, timeout_s)
+        except BuildError as e: failures.append(str(e))
+        print(f"  {chapter.rel}  {time.monotonic() - start:.1f} s", flush=True)
+    with ThreadPoolExecutor(jobs) as pool: list(pool.map(one, chapters))
+    if failures: raise BuildError("\n".join(["These notebooks failed, so no site was written:", *sorted(failures)]))
+    return done
+
+def write_pages(chapters, executed, root:Path, site:Path):
+    "One notebook a page, one index a room, and the root with the toctree."
+    shutil.rmtree(site, ignore_errors=True)
+    links = Links(chapters, root)
+    for chapter in chapters:
+        target = site/f"{chapter.page}.ipynb"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nb = page(chapter, executed[chapter.page], links)
+        if (extra := contents(chapter, chapters, root)): nb.cells.append(nbformat.v4.new_markdown_cell(extra))
+        nbformat.write(nb, target)
+    for name, text in generated_pages(chapters, root).items():
+        (site/name).parent.mkdir(parents=True, exist_ok=True)
+        (site/name).write_text(text, encoding="utf-8")
+
+def contents(chapter:Chapter, chapters, root:Path)->str:
+    "What an index page lists below its own text."
+    if chapter.page == "index": return toctree(root_entries(chapters, root))
+    room, _, name = chapter.page.rpartition("/")
+    return listing(room, chapters, root) if name == "index" else ""
+
+def listing(room:str, chapters, root:Path)->str:
+    "The chapters of a room with their subtitles, and the toctree behind them."
+    inside = [c for c in chapters if c.page.rpartition("/")[0] == room and not c.page.endswith("index")]
+    names = [c.page.rpartition("/")[2] for c in inside]
+    lines = [f"- [{c.title}]({n}.ipynb): {c.subtitle}" for c, n in zip(inside, names)]
+    if room == "corpus" and (rows := reasons(root)) is not None: names.append("reasons"); lines.append("- [Reasons](reasons.md): why a paper is not in the corpus, one row a reason.")
+    return "\n".join(["## Chapters" if room else "", "", *lines, "", toctree(names)])
+
+def root_entries(chapters, root:Path)->list[str]:
+    rooms = [r for r in (*ROOMS, "runs") if any(c.page.startswith(f"{r}/") for c in chapters)]
+    return [f"{r}/index" for r in rooms] + ["foundation"]
+
+def toctree(entries)->str: return "\n".join(["```{toctree}", ":hidden:", "", *entries, "```"])
+
+def generated_pages(chapters, root:Path)->dict[str, str]:
+    "Pages no notebook writes: index pages that are missing, the foundation, the table of reasons."
+    have, pages = {c.page for c in chapters}, {}
+    if "index" not in have: pages["index.md"] = f"# arxiv_study\n\n{toctree(root_entries(chapters, root))}\n"
+    for entry in root_entries(chapters, root):
+        room = entry.rpartition("/")[0]
+        if room and entry not in have: pages[f"{entry}.md"] = f"# {room.capitalize()}\n\n{listing(room, chapters, root)}\n"
+    pages["foundation.md"] = (Path(__file__).parent/"foundation.md").read_text(encoding="utf-8") + "\n" + listing("", chapters, root)
+    if any(c.page.startswith("corpus/") for c in chapters) and (rows := reasons(root)) is not None: pages["corpus/reasons.md"] = reasons_page(rows)
+    return pages
+
+def reasons(root:Path):
+    "The table of reasons as the library defines it: docs and code can't drift."
+    from arxiv_study.corpus.ledger import reasons_table
+    return reasons_table()
+
+def reasons_page(table)->str:
+    "The whole vocabulary of the ledger, with an anchor a reason."
+    cell = lambda v: re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(str(v)))
+    head = "".join(f'<th scope="col">{html.escape(c.replace("_", " "))}</th>' for c in table.columns)
+    rows = [f'<tr id="{r["reason"]}">' + "".join(f"<td>{'<code>' + cell(v) + '</code>' if k == 'reason' else cell(v)}</td>" for k, v in r.items()) + "</tr>"
+            for r in table.iter_rows(named=True)]
+    return "\n".join(["# Reasons", "", "{.subtitle}", "Why a paper is not in the corpus, one row a reason, as the ledger spells it.", "",
+                      '<table class="reasons"><thead><tr>' + head + "</tr></thead>", "<tbody>", *rows, "</tbody></table>", ""])
+
+def run_sphinx(site:Path, out:Path, jobs:int):
+    "Warnings are errors: a broken link or a skipped heading level fails the build."
+    command = [sys.executable, "-m", "sphinx", "-q", "-E", "-b", "html", "-W", "--keep-going", "-j", str(jobs),
+               "-c", str(Path(__file__).parent), "-d", str(out.parent/"doctrees"), str(site), str(out)]
+    shutil.rmtree(out, ignore_errors=True)
+    found = subprocess.run(command, text=True, stderr=subprocess.PIPE)
+    if found.returncode: raise BuildError(f"Sphinx found something wrong:\n{found.stderr.replace(str(site) + '/', '').strip()}")
+
+def mend_html(out:Path):
+    "Accessible names that the theme leaves out: search button, folding rooms, empty header cells."
+    for f in out.rglob("*.html"):
+        text = f.read_text(encoding="utf-8")
+        text = text.replace('title="Search" aria-label="Search" data-bs', 'aria-label="Search Ctrl+K" data-bs')
+        text = re.sub(r'(<a class="reference internal" href="[^"]*">)([^<]*)(</a>)<details([^>]*)><summary>', r'\1\2\3<details\4><summary aria-label="Chapters of \2">', text)
+        text = re.sub(r"<th>\s*</th>", "<td></td>", text)
+        f.write_text(text, encoding="utf-8")
+
+def outside_requests(out:Path)->list[str]:
+    "Pages that would load something from another host: there must be none."
+    loads = re.compile(r'<(?:script|img|iframe|link|source|video|audio)\b[^>]*?\b(?:src|href)\s*=\s*["\']?(?:https?:)?//[^"\'> ]+', re.I)
+    imports = re.compile(r'(?:@import\s+|url\(\s*)["\']?(?:https?:)?//[^"\')]+', re.I)
+    found = [(f, m[0]) for f in sorted(out.rglob("*.html")) for m in loads.finditer(f.read_text(encoding="utf-8"))]
+    found += [(f, m[0]) for f in sorted(out.rglob("*.css")) for m in imports.finditer(f.read_text(encoding="utf-8"))]
+    return [f"{f.relative_to(out)}: {m}" for f, m in found]
+
+def build(root:Path, # repository
+          out:Path, # the site; replaced as a whole, or left alone when the build fails
+          only:str="*", # globs of notebooks
+          jobs:int=2, # kernels at a time
+          timeout_s:int=180 # for one cell
+         )->int: # pages
+    "Execute, transform, render, check, and only then replace `out`."
+    start, work = time.monotonic(), root/"_build"/"docs"
+    chapters = find_chapters(root, only)
+    copy_tree(root, work)
+    print(f"executing {len(chapters)} notebooks, {jobs} at a time", flush=True)
+    executed = execute_all(chapters, root, work, jobs, timeout_s)
+    print(f"rendering, {time.monotonic() - start:.0f} s so far", flush=True)
+    write_pages(chapters, executed, root, work/"site")
+    run_sphinx(work/"site", work/"html", jobs)
+    mend_html(work/"html")
+    if (outside := outside_requests(work/"html")): raise BuildError("\n".join(["Pages load from other hosts:", *outside]))
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.move(work/"html", out)
+    pages = len(list(out.rglob("*.html")))
+    print(f"{pages} pages in {out}, {time.monotonic() - start:.0f} s: open {out/'index.html'}")
+    return pages
+
+def main(argv=None)->int:
+    cli = argparse.ArgumentParser(description=__doc__)
+    cli.add_argument("--out", type=Path, default=Path("_site"), help="folder of the site (default _site)")
+    cli.add_argument("--only", default="*", help="globs of notebooks, comma separated, for a quick look")
+    cli.add_argument("--root", type=Path, default=ROOT, help="repository")
+    cli.add_argument("--jobs", type=int, default=2, help="kernels at a time")
+    cli.add_argument("--timeout", type=int, default=180, help="seconds for one cell")
+    cli.add_argument("--readme", action="store_true", help="write README.md from nbs/index.ipynb and stop")
+    cli.add_argument("--check-readme", action="store_true", help="fail when README.md differs from nbs/index.ipynb")
+    a = cli.parse_args(argv)
+    root = a.root.resolve()
+    try:
+        if a.readme: write_readme(root)
+        elif a.check_readme: check_readme(root)
+        else: build(root, a.out.resolve(), a.only, a.jobs, a.timeout)
+    except BuildError as e:
+        print(e, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__": sys.exit(main())

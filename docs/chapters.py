@@ -1,0 +1,303 @@
+"""From an nbdev notebook to a page of the site: add documentation cells, execute, keep what a reader wants to see.
+
+nbdev's own `proc_nbs` executes every export a second time to render signatures. Here the documentation cells go
+into the notebook before its one execution, so a page costs one kernel and shows what that kernel computed.
+"""
+import ast, base64, hashlib, html, json, os, re, sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import nbformat
+from fastcore.nbio import read_nb
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbdev.process import NBProcessor
+from nbdev.processors import add_show_docs, clean_magics, filter_stream_, hide_line, strip_ansi
+
+EXPORTS, UNSEEN, UNRUN = {"export", "exports", "exporti"}, {"hide", "default_exp"}, {"notest", "slow"}
+OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"]
+
+
+class BuildError(Exception):
+    "One sentence that names the notebook or file and what is wrong with it."
+
+
+@dataclass(frozen=True)
+class Chapter:
+    "One notebook and the page it becomes."
+    source: Path # the notebook in the repository
+    rel: Path # the same relative to the repository
+    page: str # docname, such as corpus/metadata
+    title: str
+    subtitle: str
+    module: str|None # corpus.metadata, or None where nothing is exported
+    symbols: tuple # public names defined in exported cells, methods as Class.method
+
+
+def page_name(path:Path # relative to nbs/ (or to the repository, for runs/)
+             )->str:
+    "`corpus/02_metadata.ipynb` → `corpus/metadata`: numbers order files, addresses outlive renumbering."
+    return "/".join(re.sub(r"^\d+_", "", part) for part in path.with_suffix("").parts)
+
+def exported(cell)->bool: return cell.cell_type == "code" and bool(EXPORTS & cell.directives.keys())
+
+def defined_names(source:str # Python
+                 )->list[str]:
+    "Names of the functions, classes and `@patch` methods a cell defines."
+    found = []
+    for node in ast.parse(source).body:
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): continue
+        owner = patched_class(node)
+        found.append(f"{owner}.{node.name}" if owner else node.name)
+    return found
+
+def patched_class(node)->str|None: # the class that `@patch` gives this function to
+    decorators = {getattr(d, "id", getattr(getattr(d, "func", None), "id", None)) for d in node.decorator_list}
+    if not decorators & {"patch", "patch_to"}: return None
+    first = node.args.args[0].annotation if node.args.args else None
+    return getattr(first, "id", None)
+
+def read_chapter(source:Path, # notebook
+                 root:Path, # repository
+                 nbs:Path # folder that page names start from
+                )->Chapter:
+    "Title, subtitle, module and symbols, read from the cells without running them."
+    cells = read_nb(source).cells
+    heading = next((c.source for c in cells if c.cell_type == "markdown" and c.source.startswith("# ")), "")
+    if not heading: raise BuildError(f"{source.relative_to(root)} has no H1: a chapter starts with `# Title` and `> subtitle`.")
+    lines = heading.splitlines()
+    subtitle = next((l[1:].strip() for l in lines[1:3] if l.startswith(">")), "")
+    module = next((c.directives["default_exp"] for c in cells if c.cell_type == "code" and "default_exp" in c.directives), None)
+    names = [n for c in cells if exported(c) for n in defined_names(c.source)]
+    public = tuple(n for n in names if not n.split(".")[-1].startswith("_"))
+    return Chapter(source, source.relative_to(root), page_name(source.relative_to(nbs)), lines[0][2:].strip(), subtitle, module, public)
+
+
+# ---- before execution ----
+
+def with_documentation(chapter:Chapter)->nbformat.NotebookNode: # ready to execute
+    "The notebook with a `show_doc` cell after each export, and tags that say what each cell is for the reader."
+    nb = NBProcessor(chapter.source, procs=[add_show_docs], rm_directives=False, process=True).nb
+    cells = [code_cell("from nbdev.showdoc import show_doc", "unseen")]
+    for cell in nb.cells:
+        if cell.cell_type != "code": cells.append(nbformat.v4.new_markdown_cell(cell.source))
+        else: cells.append(code_cell(cell.source, *reader_tags(cell)))
+    kernel = {"display_name": "python3", "language": "python", "name": "python3"}
+    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+
+def code_cell(source:str, *tags:str): return nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)})
+
+def reader_tags(cell)->list[str]:
+    "What nbdev's directives mean for the page: unseen, doc, exported; and for myst-nb: remove-input and the like."
+    d = cell.directives
+    if getattr(cell, "has_sd", False): return ["doc"]
+    tags = ["unseen"] if UNSEEN & d.keys() else ["exported"] if EXPORTS & d.keys() else []
+    if d.get("eval") == "false" or UNRUN & d.keys(): tags.append("skip-execution")
+    if d.get("echo") == "false" or "hide_input" in d: tags.append("remove-input")
+    if d.get("output") == "false" or "hide_output" in d: tags.append("remove-output")
+    if "code-fold" in d: tags.append("hide-input")
+    return tags
+
+
+# ---- execution ----
+
+def execution_key(chapter:Chapter, root:Path)->str:
+    "Changes when anything that a figure could depend on changes: notebook, library, run files, settings, packages, this builder."
+    files = [chapter.source, Path(__file__), root/"settings.ini", *sorted((root/"arxiv_study").rglob("*.py")), *sorted((root/"runs").rglob("*.yaml"))]
+    if chapter.rel.parts[0] == "runs": files += sorted(p for p in (root/"runs"/"results").rglob("*") if p.is_file())
+    sha = hashlib.sha256("".join([sys.version, *(version(p) for p in ("torch", "plotly", "polars", "nbdev"))]).encode())
+    for f in files:
+        if f.exists(): sha.update(f.name.encode() + f.read_bytes())
+    return sha.hexdigest()[:16]
+
+def execute(chapter:Chapter, # what to run
+            root:Path, # repository
+            work:Path, # build folder with a copy of what notebooks read
+            timeout_s:int # for one cell
+           )->nbformat.NotebookNode:
+    "The executed notebook, from the cache where nothing changed; a failure names notebook and cell."
+    kept = work/"executed"/f"{chapter.page.replace('/', '.')}-{execution_key(chapter, root)}.ipynb"
+    if kept.exists(): return nbformat.read(kept, as_version=4)
+    nb = with_documentation(chapter)
+    folder = work/"tree"/chapter.rel.parent
+    client = NotebookClient(nb, timeout=timeout_s, resources={"metadata": {"path": str(folder)}},
+                            skip_cells_with_tag="skip-execution", extra_arguments=["--log-level=ERROR"])
+    try:
+        if any(c.cell_type == "code" for c in nb.cells[1:]): client.execute(env=kernel_environment(root))
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
+        raise BuildError(failure(chapter, nb, e)) from None
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    for old in kept.parent.glob(f"{chapter.page.replace('/', '.')}-*.ipynb"): old.unlink()
+    part = kept.with_suffix(".part")
+    nbformat.write(nb, part)
+    part.rename(kept)
+    return nb
+
+def kernel_environment(root:Path)->dict:
+    "Figures as data, this checkout's library, one thread a kernel because kernels run side by side."
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PLOTLY_RENDERER": "plotly_mimetype", "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+
+def failure(chapter:Chapter, nb, error)->str:
+    "Notebook, cell number as JupyterLab counts them, the cell's first line and the error's last."
+    cell, number = failed_cell(chapter, nb)
+    reason = [l for l in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() if l.strip()][-1]
+    line = next((l for l in cell.splitlines() if l.strip() and not l.startswith("#|")), "")
+    return f"{chapter.rel}, cell {number} (`{line.strip()}`): {reason}"
+
+def failed_cell(chapter:Chapter, nb)->tuple[str, int]:
+    "The cell that stopped it: the one with an error, else the last that started; numbered in the notebook as written."
+    bad = next((c for c in nb.cells if any(o.output_type == "error" for o in c.get("outputs", []))), None)
+    if bad is None: bad = [c for c in nb.cells if c.cell_type == "code" and c.get("metadata", {}).get("execution")][-1]
+    sources = [c.source for c in read_nb(chapter.source).cells]
+    return bad.source, sources.index(bad.source) if bad.source in sources else -1
+
+
+# ---- after execution: the reader's page ----
+
+def page(chapter:Chapter, nb:nbformat.NotebookNode, links:"Links")->nbformat.NotebookNode:
+    "The notebook that myst-nb renders: title block, prose with links, documentation, folded source, outputs."
+    nb = NBProcessor(nb=read_nb_dict(nb), procs=[strip_ansi, hide_line, filter_stream_, clean_magics], rm_directives=True, process=True).nb
+    cells, level, titled = [], 1, False
+    for group in grouped(nb.cells):
+        head = group[0]
+        if head.cell_type == "markdown":
+            text, titled = (title_block(head.source, chapter), True) if not titled and head.source.startswith("# ") else (head.source, titled)
+            level = last_heading(text, level)
+            cells.append(nbformat.v4.new_markdown_cell(links.rewrite(callouts(text), chapter)))
+        else: cells += reader_cells(group, level, chapter, links)
+    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": nb.metadata.kernelspec, "mystnb": {"execution_mode": "off"}})
+
+def read_nb_dict(nb): # nbformat's notebook as nbdev's
+    from fastcore.nbio import dict2nb
+    return dict2nb(json.loads(nbformat.writes(nb)))
+
+def grouped(cells):
+    "Lists of one cell, but an exported cell together with the documentation cells that follow it."
+    groups = []
+    for cell in cells:
+        tags = cell.metadata.get("tags", []) if cell.cell_type == "code" else []
+        if "unseen" in tags or not cell.source.strip(): continue
+        if "doc" in tags and groups: groups[-1].append(cell)
+        else: groups.append([cell])
+    return groups
+
+def reader_cells(group, level:int, chapter, links)->list:
+    "An example cell as it is; an export as documentation followed by its folded source."
+    cell, docs = group[0], group[1:]
+    outputs = [reader_output(o) for o in cell.get("outputs", [])]
+    tags = [t for t in cell.metadata.get("tags", []) if t not in ("exported", "skip-execution")]
+    if "exported" not in cell.metadata.get("tags", []): return [shown(cell.source, outputs, tags)]
+    names, only_imports = defined_names(cell.source), all_imports(cell.source)
+    if only_imports: return []
+    docs = sorted(docs, key=lambda c: cell.source.find(c.source[len("show_doc("):-1].split(".")[-1]))
+    pages = [documentation(d, min(level + 1, 4), chapter, links) for d in docs]
+    if not names: return [shown(cell.source, outputs, tags)]
+    return pages + [shown(cell.source, outputs, [*tags, "hide-input"], f"Source of {', '.join(names)}")]
+
+def all_imports(source:str)->bool:
+    return all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(source).body)
+
+def shown(source, outputs, tags, summary=None):
+    metadata = {"tags": tags}
+    if summary: metadata["mystnb"] = {"code_prompt_show": summary, "code_prompt_hide": summary}
+    return nbformat.v4.new_code_cell(source, outputs=outputs, metadata=metadata)
+
+def documentation(cell, level:int, chapter, links):
+    "`show_doc` output as prose: an anchor spelled like the name (docutils would turn `_` into `-`), a heading, the signature."
+    name = cell.source[len("show_doc("):-1]
+    text = "".join(next(o["data"]["text/markdown"] for o in cell.outputs if "text/markdown" in o.get("data", {})))
+    body = re.split(r"^#{1,6} .*$", text, maxsplit=1, flags=re.M)[-1].strip()
+    head = f'<span class="anchor" id="{name}"></span>\n\n{"#" * level} `{name}`\n\n'
+    return nbformat.v4.new_markdown_cell(head + links.rewrite(tidy_signature(body), chapter))
+
+def tidy_signature(markdown:str)->str:
+    "The docstring in italics reads badly after a code block; an object's address is noise."
+    fence = markdown.rfind("```")
+    code, doc = (markdown[:fence + 3], markdown[fence + 3:].strip()) if fence >= 0 else ("", markdown)
+    first, *rest = doc.split("\n", 1)
+    if len(first) > 2 and first.startswith("*") and first.endswith("*") and not first.startswith("**"): first = first[1:-1]
+    code = re.sub(r" at 0x[0-9a-f]+", "", code).replace("__main__.", "")
+    return "\n\n".join(p for p in (code, "\n".join([first, *rest])) if p.strip())
+
+def title_block(source:str, chapter:Chapter)->str:
+    "H1, the subtitle as a lead paragraph, and where the chapter lives."
+    head, *rest = source.split("\n")
+    body = "\n".join(rest).lstrip("\n")
+    if body.startswith(">"): body = body.split("\n", 1)[1] if "\n" in body else ""
+    lead = f"\n\n{{.subtitle}}\n{chapter.subtitle}" if chapter.subtitle else ""
+    where = f'<p class="chapter-where">Chapter <code>{chapter.rel}</code>' + (f', module <code>arxiv_study.{chapter.module}</code>' if chapter.module else "") + "</p>"
+    return f"{head}{lead}\n\n{where if chapter.module else ''}\n\n{body}"
+
+def last_heading(text:str, level:int)->int:
+    "Level of the last heading outside code fences."
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    found = re.findall(r"^(#{1,6}) ", prose, flags=re.M)
+    return len(found[-1]) if found else level
+
+def callouts(text:str)->str:
+    "Quarto's `::: {.callout-note}` in MyST's spelling."
+    return re.sub(r"^:::\s*\{\.callout-(note|tip|warning|important|caution)[^}]*\}", r":::{\1}", text, flags=re.M)
+
+def reader_output(output)->dict:
+    "Plotly data become a figure that site.js draws; widgets need a kernel, so they stay text."
+    data = output.get("data")
+    if not data: return nbformat.from_dict(output)
+    if "application/vnd.plotly.v1+json" in data: data = {"text/html": figure(data["application/vnd.plotly.v1+json"])}
+    data = {k: "".join(v) if isinstance(v, list) else v for k, v in data.items() if "widget" not in k}
+    return nbformat.from_dict({**output, "data": data, "metadata": {}})
+
+def figure(fig:dict)->str:
+    "A figure with its alternative text, its data as JSON, and room for the table behind it."
+    layout = dict(fig["layout"])
+    colorway = ((layout.pop("template", None) or {}).get("layout") or {}).get("colorway")
+    layout.setdefault("colorway", OKABE_ITO if not colorway or colorway[0] == "#636efa" else colorway)
+    title = (layout.get("title") or {}).get("text", "") if isinstance(layout.get("title"), dict) else layout.get("title") or ""
+    alt = (layout.get("meta") or {}).get("alt") or re.sub(r"<[^>]+>", " ", title) or "Figure"
+    payload = json.dumps({"data": fig["data"], "layout": layout}, separators=(",", ":")).replace("</", "<\\/")
+    height = int(layout.get("height") or 450)
+    return (f'<figure class="plot" role="figure" aria-label="{html.escape(alt, quote=True)}">'
+            f'<div class="plot-canvas" style="min-height:{height}px"><noscript>{html.escape(alt)}</noscript></div>'
+            f'<script type="application/json" class="plot-json">{payload}</script>'
+            f'<details class="plot-table"><summary>Table behind the figure</summary></details></figure>')
+
+
+class Links:
+    "Turns `name` into a link to its documentation, and links between notebooks into links between pages."
+    def __init__(self, chapters:list[Chapter], root:Path):
+        self.root, self.pages = root, {c.rel.as_posix(): c for c in chapters}
+        self.where = {}
+        for c in chapters:
+            for n in c.symbols: self.where.setdefault(n, []).append(c)
+
+    def rewrite(self, text:str, chapter:Chapter)->str:
+        "Outside code fences and headings only."
+        parts = re.split(r"(^```.*?^```[^\n]*$|^#{1,6} [^\n]*$)", text, flags=re.M | re.S)
+        return "".join(p if i % 2 else self.prose(p, chapter) for i, p in enumerate(parts))
+
+    def prose(self, text, chapter):
+        text = re.sub(r"(?<!\[)(?<!`)`([A-Za-z_][\w.]*)(\(\))?`(?![`\]])", lambda m: self.symbol(m, chapter), text)
+        return re.sub(r"\[([^\]\n]*)\]\(([^)\s#:]+\.[a-z]+)(#[^)\s]*)?\)", lambda m: self.link(m, chapter), text)
+
+    def symbol(self, m, chapter):
+        found = self.where.get(m[1], [])
+        found = [c for c in found if c is chapter] or found
+        if len(found) != 1: return m[0]
+        page = "" if found[0] is chapter else relative(found[0].page, chapter.page) + ".html"
+        return f'<a class="symbol" href="{page}#{m[1]}"><code>{m[1]}{m[2] or ""}</code></a>'
+
+    def link(self, m, chapter):
+        "To a page of the site; a file of the repository without a page keeps its text alone."
+        label, target, anchor = m[1], m[2], m[3] or ""
+        path = Path(os.path.normpath(chapter.rel.parent/target)).as_posix()
+        if path in self.pages: return self.page_link(label, self.pages[path], anchor, chapter)
+        if (self.root/path).exists(): return label
+        raise BuildError(f"{chapter.rel} links to {target}, which does not exist.")
+
+    def page_link(self, label, other, anchor, chapter):
+        if anchor[1:] in other.symbols:
+            return f'<a href="{relative(other.page, chapter.page)}.html{anchor}">{label.replace("`", "")}</a>'
+        return f"[{label}]({relative(other.page, chapter.page)}.ipynb{anchor})"
+
+def relative(page:str, from_page:str)->str: return os.path.relpath(page, os.path.dirname(from_page) or ".").replace(os.sep, "/")
