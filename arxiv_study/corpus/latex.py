@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CLASS', 'BEGIN_DOCUMENT', 'PLAIN', 'INCLUDES', 'VERBATIM', 'SCAN', 'OWN_VERBATIM', 'OWN_COMMENT', 'COMMENT_LINES',
            'CONTROL_WORD', 'CONDITIONAL', 'ARGUMENT', 'NAME', 'MATH', 'OPENERS', 'EMPTY_LINE', 'DRAWS', 'ENVIRONMENTS',
-           'BRACED', 'COMMANDS', 'BRACES', 'CAPTION', 'TITLE', 'BEGINS', 'RECIPES', 'n_bytes', 'escaped', 'resolve',
-           'included', 'reach', 'named_main', 'find_main', 'choose_main', 'scanner', 'comment_span',
+           'BRACED', 'COMMANDS', 'FIRST', 'BRACES', 'CAPTION', 'TITLE', 'BEGINS', 'RECIPES', 'n_bytes', 'escaped',
+           'resolve', 'included', 'reach', 'named_main', 'find_main', 'choose_main', 'scanner', 'comment_span',
            'conditional_spans', 'Reader', 'past', 'formula_end', 'past_dollar', 'formulas', 'LatexRules', 'Extraction',
            'document_scanner', 'argument_end', 'captions', 'Cutter', 'preamble_end', 'flatten', 'concatenate',
            'released', 'extract']
@@ -36,12 +36,11 @@ def escaped(
     while j and text[j - 1] == "\\": j -= 1
     return (i - j) % 2 == 1
 
-# %% ../../nbs/corpus/04_latex.ipynb #dccdb3eb
+# %% ../../nbs/corpus/04_latex.ipynb #5adacd07
 CLASS = re.compile(r"^[^%\n]*?\\document(?:class|style)\s*[\[{]([^\]}]{0,200})", re.M)
 BEGIN_DOCUMENT = re.compile(r"^[^%\n]*?\\begin\s*\{document\}", re.M)
 PLAIN = re.compile(r"^[^%\n]*?\\(?:bye\b|end\s*$|magnification\b|input\s+(?:amstex|harvmac|phyzzx|eplain))", re.M)
-INCLUDES = re.compile(r"(?<!\\)%[^\n]*|\\(?:input|include|subfile|InputIfFileExists)\s*(?:\{([^{}\n]*)\}|\s([^\s{}\\%]+))"
-                      r"|\\(?:sub)?import\*?\s*\{([^{}\n]*)\}\s*\{([^{}\n]*)\}")
+INCLUDES = re.compile(r"\\(?:input|include|subfile|InputIfFileExists|(?:sub)?import\*?\s*\{([^{}\n]*)\})\s*(?:\{([^{}\n]*)\}|\s([^\s{}\\%]+))")
 
 def resolve(
     files:dict, # member path -> text
@@ -55,17 +54,17 @@ def resolve(
         for path in (stem + ".tex", stem, stem + ".ltx", stem + ".latex"):
             if path in files: return path
 
-# %% ../../nbs/corpus/04_latex.ipynb #d36a5e17
+# %% ../../nbs/corpus/04_latex.ipynb #d128026d
 def included(
     files:dict, # member path -> text
     path:str, # the including file
 )->list: # paths it includes, in order, found in `files`
     "The files that `path` pulls in by a command that is not in a comment"
-    found = []
-    for m in INCLUDES.finditer(files[path]):
-        name = m[1] or m[2] or (m[4] and join(m[3], m[4]))
-        target = name and resolve(files, name, (dirname(path), ""))
-        if target: found.append(target)
+    found, text = [], files[path]
+    for m in INCLUDES.finditer(text):
+        before = text[max(text.rfind("\n", 0, m.start()) + 1, m.start() - 300):m.start()]
+        target = resolve(files, join(m[1] or "", m[2] or m[3]), (dirname(path), ""))
+        if target and "%" not in before.replace("\\%", ""): found.append(target)
     return found
 
 def reach(
@@ -120,18 +119,17 @@ def choose_main(
         if roots: return min(roots, key=lambda p: (-sum(len(files[q]) for q in reached[p]), p.count("/"), p)), why
     return None, "no file declares a class or ends a plain TeX document"
 
-# %% ../../nbs/corpus/04_latex.ipynb #db6b234e
+# %% ../../nbs/corpus/04_latex.ipynb #5a694593
 VERBATIM = ("verbatim", "verbatim*", "Verbatim", "Verbatim*", "BVerbatim", "LVerbatim", "lstlisting", "minted", "alltt", "filecontents", "filecontents*")
-SCAN = r"""
- (?P<comment>%)
-|\\(?:
-  (?P<opaque>verb\*?(?P<delim>[^a-zA-Z*\s]).{{0,300}}?(?P=delim)|(?:url|path|nolinkurl|href)\s*\{{[^{{}}\n]*\}})
- |begin\s*\{{(?:(?P<verbatim>{verbatim})|(?P<hidden>{hidden}))\}}
- |(?P<conditional>iffalse)(?![a-zA-Z@])
- |(?P<input>(?:input|include|subfile|subfileinclude|InputIfFileExists|(?:sub)?import\*?)(?![a-zA-Z@]))
- |(?P<bbl>bibliography|printbibliography)(?![a-zA-Z@])
- |(?P<endinput>endinput)(?![a-zA-Z@])
- |(?P<end>end\s*\{{document\}}|bye(?![a-zA-Z@]))
+SCAN = r"""\\(?=[bceiIhnpsuv])(?:
+  begin\s*\{{(?:(?P<verbatim>{verbatim})|(?P<hidden>{hidden}))\}}
+ |end(?:(?P<endinput>input)(?![a-zA-Z@])|(?P<end>\s*\{{document\}}))
+ |i(?:(?P<conditional>ffalse)(?![a-zA-Z@])|(?P<input>(?:nput|nclude|mport\*?)(?![a-zA-Z@])))
+ |verb\*?(?P<delim>[^a-zA-Z*\s]).{{0,300}}?(?P=delim)
+ |(?:url|path|nolinkurl|href)\s*\{{[^{{}}\n]*\}}
+ |(?P<other_input>subfile(?:include)?(?![a-zA-Z@])|InputIfFileExists|subimport\*?(?![a-zA-Z@]))
+ |(?P<bbl>(?:print)?bibliography)(?![a-zA-Z@])
+ |(?P<bye>bye)(?![a-zA-Z@])
 )"""
 OWN_VERBATIM = re.compile(r"\\(?:lstnewenvironment|DefineVerbatimEnvironment|newminted|RecustomVerbatimEnvironment)\s*(?:\[[^\]\n]*\])?\s*\{([A-Za-z*]+)\}")
 OWN_COMMENT = re.compile(r"\\excludecomment\s*\{([A-Za-z*]+)\}")
@@ -183,7 +181,7 @@ def conditional_spans(
             if not depth: return hidden + [(start if begin is not None else m.start(), m.end())]
     return None
 
-# %% ../../nbs/corpus/04_latex.ipynb #a60a1927
+# %% ../../nbs/corpus/04_latex.ipynb #e951e7ba
 @dataclass
 class Reader:
     "Reads a document through its inputs; what it leaves out is counted by rule"
@@ -203,36 +201,58 @@ class Reader:
             if "\\excludecomment" in text: hidden += OWN_COMMENT.findall(text)
         self.scanner = scanner(tuple(sorted(set(verbatim))), tuple(sorted(set(hidden) - {"comment"})))
         only = re.search(r"^[^%\n]*?\\includeonly\s*\{([^{}]*)\}", self.files[self.main], re.M)
+        self.begins = self.files[self.main].find("\\begin{document}") # an \\end before it is part of a definition
         self.only = {x.strip() for x in only[1].split(",") if x.strip()} if only else None
 
     def remove(self, text, start, end, rule):
         "Leave out `text[start:end]`, under the name of a rule"
         if end > start: self.removed[rule] += n_bytes(text[start:end])
 
-# %% ../../nbs/corpus/04_latex.ipynb #401986ad
+# %% ../../nbs/corpus/04_latex.ipynb #7a72d682
 @patch
 def read(self:Reader,
     path:str, # a member
 )->None: # pieces are appended to `self.pieces`
     "Read one file, and what it includes"
     text = self.opened(path)
-    pos = kept = self.body_start(path, text)
-    absent = set()
+    kept, absent = self.body_start(path, text), set()
     self.stack.append(path)
-    while not self.ended and (m := self.scanner.search(text, pos)):
-        start, kind = m.start(), m.lastgroup
-        if start and text[start - 1] == "\\" and escaped(text, start): pos = start + 1; continue
-        pos, cuts = getattr(self, f"at_{kind}")(text, m, absent)
+    for cuts in self.stops(text, kept, absent):
         for a, b, rule, target in cuts:
             a = max(a, kept)
             self.pieces.append(text[kept:a])
             self.remove(text, a, b, rule)
-            kept = pos = b
+            kept = b
             if target: self.read(target)
-            if self.ended: break
+        if self.ended: break
     self.stack.pop()
     if self.ended: self.remove(text, kept, len(text), "after_end")
     else: self.pieces.append(text[kept:])
+
+@patch
+def stops(self:Reader,
+    text:str, # a file
+    pos:int, # where to start
+    absent:set, # closers known to be absent
+)->list: # yields the cuts of each stop: (start, end, rule, file to read there)
+    "Walk from stop to stop: the next percent sign or the next match of the scanner, whichever is first"
+    percent, m = text.find("%", pos), self.scanner.search(text, pos)
+    while percent >= 0 or m:
+        if 0 <= percent and not (m and m.start() < percent):
+            pos, cuts = self.at_comment(text, percent)
+        else:
+            pos, cuts = self.at_match(text, m, absent)
+        yield cuts
+        if 0 <= percent < pos: percent = text.find("%", pos)
+        if m and m.start() < pos: m = self.scanner.search(text, pos)
+
+@patch
+def at_match(self:Reader, text, m, absent):
+    "Do what the scanner's match asks for; answers where to go on, and what to cut"
+    start, kind = m.start(), m.lastgroup
+    if start and text[start - 1] == "\\" and escaped(text, start): return start + 1, []
+    if kind is None or kind == "delim": return m.end(), []
+    return getattr(self, f"at_{kind}")(text, m, absent)
 
 @patch
 def opened(self:Reader, path):
@@ -256,17 +276,13 @@ def body_start(self:Reader, path, text):
     self.remove(text, 0, m.end(), "preamble")
     return m.end()
 
-# %% ../../nbs/corpus/04_latex.ipynb #188c55d9
+# %% ../../nbs/corpus/04_latex.ipynb #9498d8ad
 @patch
-def at_comment(self:Reader, text, m, absent):
-    "A comment goes"
-    a, b = comment_span(text, m.start())
+def at_comment(self:Reader, text, i):
+    "A comment goes, a `\\%` stays"
+    if i and text[i - 1] == "\\" and escaped(text, i): return i + 1, []
+    a, b = comment_span(text, i)
     return b, [(a, b, "comments", None)]
-
-@patch
-def at_opaque(self:Reader, text, m, absent):
-    "An address or a `\\verb` is stepped over"
-    return m.end(), []
 
 @patch
 def at_verbatim(self:Reader, text, m, absent):
@@ -298,7 +314,7 @@ def at_conditional(self:Reader, text, m, absent):
     if spans is None: self.failures += 1; self.repairs["iffalse_open"] += 1; return m.end(), []
     return spans[0][1], [(a, b, "iffalse", None) for a, b in spans]
 
-# %% ../../nbs/corpus/04_latex.ipynb #04e9bacc
+# %% ../../nbs/corpus/04_latex.ipynb #63a22f72
 @patch
 def at_endinput(self:Reader, text, m, absent):
     r"`\endinput` at the start of a line ends the file"
@@ -307,19 +323,25 @@ def at_endinput(self:Reader, text, m, absent):
 
 @patch
 def at_end(self:Reader, text, m, absent):
-    r"`\end{document}` ends everything, or the file, where the file was included and is a document itself"
-    if len(self.stack) > 1 and CLASS.search(text): return len(text), [(m.start(), len(text), "preamble", None)]
+    r"`\end{document}` ends everything (in a preamble nothing), or the file, where that was included and is a document itself"
+    if len(self.stack) == 1 and m.start() < self.begins: return m.end(), []
+    if len(self.stack) > 1 and "\\document" in text and CLASS.search(text): return len(text), [(m.start(), len(text), "preamble", None)]
+    return self.at_bye(text, m, absent)
+
+@patch
+def at_bye(self:Reader, text, m, absent):
+    r"`\bye` ends everything"
     self.ended = True
     return len(text), [(m.start(), len(text), "after_end", None)]
 
-# %% ../../nbs/corpus/04_latex.ipynb #0ef554c3
+# %% ../../nbs/corpus/04_latex.ipynb #3c7b5675
 ARGUMENT = re.compile(r"\s*\{([^{}\n]*)\}")
 NAME = re.compile(r"[ \t]*\n?[ \t]*([^\s{}\\%]+)[ \t]?")
 
 @patch
 def at_input(self:Reader, text, m, absent):
     "The file takes the place of the command"
-    command, first = m["input"].rstrip("*"), ARGUMENT.match(text, m.end())
+    command, first = m.group()[1:].rstrip("*"), ARGUMENT.match(text, m.end())
     if not first and command == "input": first = NAME.match(text, m.end())
     last = ARGUMENT.match(text, first.end()) if first and command.endswith("import") else first
     if not last: return m.end(), []
@@ -327,6 +349,8 @@ def at_input(self:Reader, text, m, absent):
     if command == "include" and self.only is not None and name.strip() not in self.only:
         return last.end(), [(m.start(), last.end(), "not_included", None)]
     return self.include(name, m.start(), last.end())
+
+Reader.at_other_input = Reader.at_input
 
 @patch
 def include(self:Reader, name, start, end):
@@ -419,7 +443,7 @@ class Extraction:
     repairs: dict
     reason: Reason|None = None
 
-# %% ../../nbs/corpus/04_latex.ipynb #88bd792a
+# %% ../../nbs/corpus/04_latex.ipynb #2bb1d8c9
 DRAWS = re.compile(r"\\(?:includegraphics|begin\s*\{(?:tikzpicture|picture|pspicture|pgfpicture|asy)\}|epsf|psfig|tikz(?![a-z]))")
 ENVIRONMENTS = {"figures": ("figure", "figure*", "wrapfigure", "SCfigure", "sidewaysfigure", "teaserfigure", "floatingfigure"),
     "tables": ("table", "table*", "wraptable", "sidewaystable"),
@@ -435,6 +459,8 @@ COMMANDS = {"graphics": rf"(?:includegraphics\*?|epsfig|psfig|epsfbox)\s*(?:\[[^
     "layout": r"(?:(?:maketitle|tableofcontents|listoffigures|listoftables|newpage|clearpage|cleardoublepage|pagebreak|frontmatter|mainmatter|backmatter|printindex|noindent|centering|bigskip|medskip|smallskip)(?![a-zA-Z@])"
               r"|(?:vspace|thispagestyle|pagestyle|pagenumbering|setcounter\s*\{[^{}]*\}|addcontentsline\s*\{[^{}]*\}\s*\{[^{}]*\})\*?\s*\{[^{}]*\})"}
 
+FIRST = {"graphics": "iep", "labels": "l", "citations": "cCpta f".replace(" ", ""), "references": "reacCpnh", "bibliography": "bnp", "authors": "aeitcod", "layout": "mtlncpfbmvas"} # letters the commands begin with
+
 @lru_cache(maxsize=64)
 def document_scanner(
     rules:tuple, # names of COMMANDS and ENVIRONMENTS to stop at
@@ -443,8 +469,9 @@ def document_scanner(
     names = lambda xs: "|".join(map(re.escape, xs))
     envs = "".join(rf"(?P<env_{r}>{names(ENVIRONMENTS[r])})|" for r in rules if r in ENVIRONMENTS)
     commands = "".join(rf"|(?P<{r}>{COMMANDS[r]})" for r in rules if r in COMMANDS)
-    return re.compile(rf"\\(?:begin\s*\{{(?:{envs}(?P<math>(?:{names(MATH)})\*?)|(?P<verbatim>{names(VERBATIM)}))\}}"
-                      rf"|(?P<verb>verb\*?(?P<delim>[^a-zA-Z*\s]).{{0,300}}?(?P=delim)){commands})")
+    first = "".join(sorted({"b", "v"}.union(*(FIRST[r] for r in rules if r in COMMANDS))))
+    return re.compile(rf"\\(?=[{first}])(?:begin\s*\{{(?:{envs}(?P<math>(?:{names(MATH)})\*?)|(?P<verbatim>{names(VERBATIM)}))\}}"
+                      rf"|verb\*?(?P<delim>[^a-zA-Z*\s]).{{0,300}}?(?P=delim){commands})")
 
 # %% ../../nbs/corpus/04_latex.ipynb #393d6a34
 BRACES = re.compile(r"\\.|[{}]", re.S)
@@ -522,7 +549,7 @@ def command(self:Cutter, m, rule):
     self.cut(m.start(), end, rule)
     return end
 
-# %% ../../nbs/corpus/04_latex.ipynb #aad24d7e
+# %% ../../nbs/corpus/04_latex.ipynb #2f6b2988
 @patch
 def run(self:Cutter,
     start:int=0, # where the body begins
@@ -534,7 +561,7 @@ def run(self:Cutter,
         if m.start() and text[m.start() - 1] == "\\" and escaped(text, m.start()): pos = m.start() + 1
         elif kind in ("math", "verbatim"): pos = past(text, m.end(), "\\end{%s}" % m[kind], self.absent) or m.end()
         elif kind.startswith("env_"): pos = self.environment(m, kind[4:])
-        elif kind != "verb": pos = self.command(m, kind)
+        elif kind != "delim": pos = self.command(m, kind)
     self.pieces.append(text[self.kept:])
     return "".join(self.pieces)
 
