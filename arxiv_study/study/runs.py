@@ -79,11 +79,11 @@ class Run:
     base: str|None # the run it is compared with; None for the baseline itself
     change: dict # dotted name -> value, or xF for F times the base's value
 
-# %% ../../nbs/study/00_runs.ipynb #04ef3ce6
+# %% ../../nbs/study/00_runs.ipynb #124a5197
 def nearest(word, known)->str: # ends a sentence
     "The nearest valid name, or all of them."
-    near = get_close_matches(str(word), [str(k) for k in known], 1, .5)
-    return f"; did you mean {near[0]!r}?" if near else f"; valid are {', '.join(map(str, known))}"
+    near = get_close_matches(str(word), [str(k) for k in known], 2, .6)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else f"; valid are {', '.join(map(str, known))}"
 
 def _mapping(path:Path, text:str)->tuple[dict, dict]:
     "The values of a YAML mapping and the line of each key, `change.…` for the nested ones."
@@ -187,10 +187,11 @@ def _place(run:Run, runs:dict, ordered:dict, above:tuple):
     if run.base: _place(runs[run.base], runs, ordered, (*above, run.id))
     ordered.setdefault(run.id, run)
 
-# %% ../../nbs/study/00_runs.ipynb #7a99efc3
+# %% ../../nbs/study/00_runs.ipynb #e8408f1c
 def runs_folder(settings:Settings)->Path:
-    "Where the run files are: `runs` beside settings.ini."
-    return settings.root/"runs"
+    "Where the run files and notebooks are: beside settings.ini, else in a checkout around the working directory or the package."
+    places = (settings.root, Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[2])
+    return next((p/"runs" for p in places if list((p/"runs").glob("R[0-9][0-9]*.yaml"))), settings.root/"runs")
 
 def select(runs:dict, # id -> run
            only # ids, a comma-separated text, or None for all

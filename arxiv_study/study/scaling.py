@@ -26,12 +26,12 @@ def _number(text:str, # one cell of a table
     if not (math.isfinite(x) and x > 0): raise StudyError(f"{where} is {text!r}, but must be a positive number", code=2)
     return x
 
-# %% ../../nbs/study/04_scaling.ipynb #f12a61fc
+# %% ../../nbs/study/04_scaling.ipynb #9850a268
 def read_points(path:Path # a CSV file with the columns n_params, loss and one of n_tokens and flops
                )->np.ndarray: # float64 [points, 3]: parameters, tokens, loss
     "Read training runs; StudyError names file, line and column."
     path = Path(path)
-    if not path.is_file(): raise StudyError(f"no such table {path}; give a CSV file with the columns n_params, n_tokens (or flops), loss", code=2)
+    if not path.is_file(): raise StudyError(f"no such table {path}; give a CSV file with the columns n_params, n_tokens (or flops), loss")
     with open(path, encoding="utf-8", newline="") as f: rows = list(csv.DictReader(f))
     have = list(rows[0]) if rows else []
     missing = [c for c in ("n_params", "loss") if c not in have] + ([] if {"n_tokens", "flops"} & set(have) else ["n_tokens (or flops)"])
