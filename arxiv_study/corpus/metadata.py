@@ -80,16 +80,23 @@ def is_studied(categories:list[str], # primary first
     "Whether one of the categories (or the primary one) matches one of the patterns as a whole."
     return any(is_category(c, p) for c in (categories if match == "any" else categories[:1]) for p in patterns)
 
-# %% ../../nbs/corpus/02_metadata.ipynb #552591c8
-_subject = r"(?:(?:this|the|our|present|my)\s+){0,2}(?:arxiv\s+)?(?:(?:paper|article|manuscript|submission|preprint|e-print|eprint|work|note|letter|draft)s?\s*(?:\(s\)\s*)?)?"
+# %% ../../nbs/corpus/02_metadata.ipynb #17a3a7e3
+_noun = r"(?:paper|article|manuscript|submission|preprint|e-?print|work|note|letter|draft)s?\b\s*(?:\(s\)\s*)?"
 _verb = r"(?:(?:has|have|is|was|are|were|had)\s+)?(?:(?:been|now|being|temporarily|hereby|already|also|permanently)\s+)*"
-_withdrawn = re.compile(rf"(?:^|[.;:,!(\[]|\s-+)\s*(?:(?:please\s+note\s+(?:that\s+)?|note\s+that\s+)?{_subject}{_verb}(?:withdrawn|retracted)\b(?!\s+(?:from\s+(?!(?:the\s+)?arxiv)|(?:paper|article|version|claim|lemma|theorem|result)s?\b))"
-                        r"|(?:we|the\s+authors?|i)\s+(?:(?:has|have|hereby)\s+)*(?:withdraws?|withdrew|withdrawn)\s+(?:this|the|our|my)\s+(?:paper|article|manuscript|submission|preprint|work)\b)", re.I)
+_elsewhere = r"(?!\s+from\s+(?!(?:the\s+)?arxiv))" # withdrawn from a journal
+_goes_on = r"(?=\s*(?:$|[.,;:!)\]-]|(?:by|due|because|since|as|for|until|pending|temporarily|in|and|at|on|while|owing)\b))"
+_statements = (rf"(?:(?:please\s+)?note\s+that\s+)?(?:(?:this|the|our|my)\s+(?:present\s+)?(?:arxiv\s+)?)?(?:{_noun})?{_verb}withdrawn\b{_elsewhere}{_goes_on}",
+               rf"(?:(?:this|the|our|my)\s+(?:present\s+)?(?:arxiv\s+)?)?{_noun}{_verb}(?:withdrawn|retracted)\b{_elsewhere}",
+               rf"(?:we|the\s+authors?|i)\s+(?:(?:has|have|hereby)\s+)*(?:withdraws?|withdrew|withdrawn)\s+(?:this|the|our|my)\s+{_noun}")
+_clause = rf"(?:{'|'.join(_statements)})"
+_in_comments, _opening = re.compile(rf"(?:^|[.;:,!(\[]|\s-+)\s*{_clause}", re.I), re.compile(_clause, re.I)
 
-def is_withdrawn(comments:str|None # the comments of a record
+def is_withdrawn(comments:str|None, # the comments of a record
+                 abstract:str|None=None # counts where it opens with the statement
                 )->bool:
-    "Whether the comments say that this paper is withdrawn; the word in passing does not count."
-    return bool(comments) and _withdrawn.search(" ".join(comments.split())) is not None
+    "Whether a record says that its paper is withdrawn; the word in passing does not count."
+    said, opening = " ".join((comments or "").split()), " ".join((abstract or "")[:300].split())
+    return _in_comments.search(said) is not None or _opening.match(opening) is not None
 
 # %% ../../nbs/corpus/02_metadata.ipynb #290e6edc
 REDISTRIBUTABLE = ("http://creativecommons.org/publicdomain/zero/1.0/", *(f"http://creativecommons.org/licenses/{kind}/{version}/"
@@ -106,13 +113,13 @@ class MetadataRules:
     licences: tuple|None = None # addresses, such as `REDISTRIBUTABLE`; None: any
     drop_withdrawn: bool = True
 
-# %% ../../nbs/corpus/02_metadata.ipynb #0443a7db
+# %% ../../nbs/corpus/02_metadata.ipynb #b82a58dd
 def judge(record:Record, rules:MetadataRules,
           has_source:bool=False # whether the paper's e-print is at hand
          )->Reason|None: # None: the paper is studied
     "The first rule that a record breaks."
     if not is_studied(categories_of(record), rules.categories, rules.match): return Reason.no_studied_category
-    if rules.drop_withdrawn and is_withdrawn(record.comments): return Reason.withdrawn
+    if rules.drop_withdrawn and is_withdrawn(record.comments, record.abstract): return Reason.withdrawn
     if rules.min_year is not None and (year_of(record) or 0) < rules.min_year: return Reason.before_year
     if rules.licences is not None and record.license not in rules.licences: return Reason.licence
     if has_source and rules.short_abstract == "source_decides": return None
