@@ -4,47 +4,47 @@
 
 # %% auto #0
 __all__ = ['CORPUS', 'TOKENIZER', 'BATCHES', 'MODEL', 'TRAINING', 'SIZES', 'BASELINES', 'FAMILIES', 'KEYS', 'CHOICES',
-           'FRACTIONS', 'OPTIONAL', 'PARAMETERS', 'flat', 'count_parameters', 'Run', 'nearest', 'factor', 'impossible',
+           'FRACTIONS', 'OPTIONAL', 'PARAMETERS', 'flat', 'model_config', 'Run', 'nearest', 'factor', 'impossible',
            'check_run', 'read_run', 'read_runs', 'runs_folder', 'select', 'said', 'followed', 'RunConfig', 'effective',
            'difference', 'changed', 'requested', 'requested_run']
 
-# %% ../../nbs/study/00_runs.ipynb #a0d06283
+# %% ../../nbs/study/00_runs.ipynb #7d6fe0b3
 import math
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 import yaml
+from ..model.configuration import PRESETS, ModelConfig, n_parameters
 from ..settings import Settings, StudyError
 
-# %% ../../nbs/study/00_runs.ipynb #d20096f7
+# %% ../../nbs/study/00_runs.ipynb #d0b761ae
 CORPUS = {"recipe": "flatten", "macros": "keep", "archive_policy": "lenient", "language_text": "prose", "min_abstract_words": 20, "min_year": None}
 TOKENIZER = {"kind": "bpe", "vocab_size": 1024, "latex_symbols": True, "split_digits": True, "sample": "mixed", "seed": 0}
-BATCHES = {"context": 256, "rows": 8, "accumulation": 1, "order": "mixed", "layout": "packed", "source": "shards",
+BATCHES = {"context": 256, "rows": 4, "accumulation": 1, "order": "mixed", "layout": "packed", "source": "shards",
            "unique_tokens": None, "throttle_mb_per_s": []}
 MODEL = {"size": "m", "tied": True, "rope_theta": 10_000., "norm_eps": 1e-6, "init_std": .02}
 TRAINING = {"budget": None, "tokens": None, "tokens_per_parameter": None, "branches": [], "lr_hidden_at_2048": 2e-4, "lr_other": 3.2e-3,
             "lr_multiplier": 1., "schedule": "wsd", "warmup_fraction": .05, "decay_fraction": .2, "clip": 1., "weight_decay": .1,
             "zero_stage": 2, "activation_checkpointing": True, "precision": "fp32"}
 
-# %% ../../nbs/study/00_runs.ipynb #88d7fe2d
+# %% ../../nbs/study/00_runs.ipynb #d31d2c84
+def _dimensions(preset:ModelConfig)->dict: return {k: getattr(preset, k) for k in ("n_layers", "d_model", "d_ffn", "n_heads")}
 def _size(n_layers, d_model, d_ffn, n_heads): return dict(n_layers=n_layers, d_model=d_model, d_ffn=d_ffn, n_heads=n_heads)
 
-SIZES = {
-    "smoke": {"xs": _size(2, 8, 24, 1), "s": _size(2, 32, 88, 2), "m": _size(2, 64, 176, 4), "l": _size(3, 96, 256, 6)},
-    "desk": {"xs": _size(2, 48, 128, 3), "s": _size(2, 96, 256, 3), "m": _size(3, 128, 344, 4), "l": _size(4, 176, 472, 4)},
-    "paper": {"xs": _size(12, 768, 2048, 12), "s": _size(24, 1024, 2752, 16), "m": _size(24, 2048, 5504, 16), "l": _size(32, 2560, 6912, 20)},
-}
+SIZES = {scale: {size: _dimensions(PRESETS[f"{scale}-{size}"]) for size in ("xs", "s", "m", "l")} for scale in ("smoke", "desk")}
+SIZES["smoke"]["xs"] = _size(2, 8, 24, 1)
+SIZES["paper"] = {"xs": _size(12, 768, 2048, 12), "s": _size(24, 1024, 2752, 16), "m": _dimensions(PRESETS["paper"]), "l": _size(32, 2560, 6912, 20)}
 
-# %% ../../nbs/study/00_runs.ipynb #8bbf6359
+# %% ../../nbs/study/00_runs.ipynb #424c5548
 def _baseline(scale, batches, tokenizer, training, evaluation, model={})->dict:
     "The baseline of one scale: the common values, then this scale's."
     return {"corpus": dict(CORPUS), "tokenizer": TOKENIZER|tokenizer, "batches": BATCHES|batches, "model": MODEL|model,
             "training": TRAINING|training, "evaluation": evaluation, "scale": scale}
 
 BASELINES = {
-    "smoke": _baseline("smoke", {"rows": 8}, {"sample_bytes": 1_000_000}, {"tokens": 200_000, "max_seconds": 4.}, {"n_bytes": 60_000}),
-    "desk": _baseline("desk", {"rows": 4}, {"vocab_size": 4096, "sample_bytes": 10_000_000}, {"tokens": 2_000_000, "max_seconds": 60.}, {"n_bytes": 352_000}),
+    "smoke": _baseline("smoke", {}, {"sample_bytes": 1_000_000}, {"tokens": 131_072, "max_seconds": 8.}, {"n_bytes": 50_000}),
+    "desk": _baseline("desk", {}, {"vocab_size": 4096, "sample_bytes": 10_000_000}, {"tokens": 2_000_000, "max_seconds": 60.}, {"n_bytes": 352_000}),
     "paper": _baseline("paper", {"context": 768, "rows": 32, "accumulation": 32}, {"vocab_size": 35_584, "sample_bytes": 2_000_000_000},
         {"tokens": 52_180_000_000, "max_seconds": 3600., "schedule": "cosine", "warmup_fraction": 500/33_175, "lr_other": 2e-4, "precision": "bf16"},
         {"n_bytes": 50_000_000}, {"tied": False}),
@@ -58,13 +58,13 @@ def flat(tree:dict, # nested tables
     for key, value in tree.items(): out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix+key: value}
     return out
 
-# %% ../../nbs/study/00_runs.ipynb #854f76ea
-def count_parameters(size:dict, # n_layers, d_model, d_ffn
-                     vocab_size:int, tied:bool # whether input and output embeddings are one matrix
-                    )->int: # all parameters, embeddings included
-    "Parameters of the transformer, in closed form."
-    L, D, F = size["n_layers"], size["d_model"], size["d_ffn"]
-    return vocab_size*D*(1 if tied else 2) + L*(4*D*D + 3*D*F + 2*D) + D
+# %% ../../nbs/study/00_runs.ipynb #a649ada9
+def model_config(model:dict, # the effective values, size and derived ones included
+                 context:int, vocab_size:int|None=None # the tokenizer's own, once it exists
+                )->ModelConfig:
+    "The model room's record of an effective model."
+    names = ("n_layers", "d_model", "d_ffn", "n_heads", "tied", "rope_theta", "norm_eps", "init_std")
+    return ModelConfig(**{k: model[k] for k in names}, context=context, vocab_size=vocab_size or model["vocab_size"])
 
 # %% ../../nbs/study/00_runs.ipynb #82cdb630
 FAMILIES = ("size", "data", "preprocessing", "tokenizer", "optimisation", "infrastructure")
@@ -223,7 +223,7 @@ def said(run:Run, runs:dict, scale:str)->dict:
         _set(tree, name, value)
     return tree
 
-# %% ../../nbs/study/00_runs.ipynb #ce3555c5
+# %% ../../nbs/study/00_runs.ipynb #e95ce34a
 def followed(tree:dict, # what a run says
              family:str, ranks:int # training processes
             )->dict: # the same with every open value filled in
@@ -231,7 +231,8 @@ def followed(tree:dict, # what a run says
     tree, scale = deepcopy(tree), tree["scale"]
     b, t, m = tree["batches"], tree["training"], tree["model"]
     m |= SIZES[scale][m["size"]]
-    m["n_params"] = count_parameters(m, tree["tokenizer"]["vocab_size"], m["tied"])
+    m["vocab_size"] = 258 if tree["tokenizer"]["kind"] == "bytes" else tree["tokenizer"]["vocab_size"]
+    m["n_params"] = n_parameters(model_config(m, b["context"]))
     t["tokens_per_step"] = ranks*b["rows"]*b["accumulation"]*b["context"]
     t["steps"] = max(4, round((t["tokens"] or t["tokens_per_parameter"]*m["n_params"])/t["tokens_per_step"]))
     t["tokens"] = t["steps"]*t["tokens_per_step"]
@@ -239,7 +240,7 @@ def followed(tree:dict, # what a run says
     t["budget"] = t["budget"] or _held_equal(tree)
     if t["budget"] != "seconds": t["max_seconds"] = None
     baseline_tokens = BASELINES[scale]["training"]["tokens"]
-    t["branches"] = [n for f in (.25, .5, 1) if (n := round(f*baseline_tokens)) < .99*t["tokens"]] if family == "size" else []
+    t["branches"] = [n for f in (.25, .5, 1) if (n := round(f*baseline_tokens)) < .99*t["tokens"]] if family == "size" and t["schedule"] == "wsd" else []
     return tree
 
 def _held_equal(tree:dict)->str:
