@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CLASS', 'BEGIN_DOCUMENT', 'PLAIN', 'INCLUDES', 'VERBATIM', 'SCAN', 'OWN_VERBATIM', 'OWN_COMMENT', 'COMMENT_LINES',
-           'CONTROL_WORD', 'CONDITIONAL', 'ARGUMENT', 'NAME', 'MATH', 'OPENERS', 'EMPTY_LINE', 'DRAWS', 'ENVIRONMENTS',
-           'BRACED', 'COMMANDS', 'FIRST', 'BRACES', 'CAPTION', 'TITLE', 'BEGINS', 'RECIPES', 'n_bytes', 'escaped',
-           'resolve', 'included', 'reach', 'named_main', 'find_main', 'choose_main', 'scanner', 'comment_span',
-           'conditional_spans', 'Reader', 'past', 'formula_end', 'past_dollar', 'formulas', 'LatexRules', 'Extraction',
-           'document_scanner', 'argument_end', 'captions', 'Cutter', 'preamble_end', 'flatten', 'concatenate',
-           'released', 'extract']
+           'CONTROL_WORD', 'CONDITIONAL', 'ARGUMENT', 'NAME', 'MATH', 'EMPTY_LINE', 'ESCAPED_DOLLAR', 'BLOCKS', 'DRAWS',
+           'ENVIRONMENTS', 'BRACED', 'COMMANDS', 'FIRST', 'BRACES', 'CAPTION', 'TITLE', 'BEGINS', 'RECIPES', 'n_bytes',
+           'escaped', 'resolve', 'included', 'reach', 'named_main', 'find_main', 'choose_main', 'scanner',
+           'comment_span', 'conditional_spans', 'Reader', 'past', 'past_dollar', 'Dollars', 'blocks', 'dollar_end',
+           'block_end', 'split_formulas', 'split_inline', 'inline_end', 'LatexRules', 'Extraction', 'document_scanner',
+           'argument_end', 'captions', 'Cutter', 'preamble_end', 'flatten', 'concatenate', 'released', 'extract']
 
 # %% ../../nbs/corpus/04_latex.ipynb #e4822d62
 import re
@@ -373,23 +373,9 @@ def at_bbl(self:Reader, text, m, absent):
     if not self.keep_bbl or bbl not in self.files or bbl in self.seen: return argument.end(), []
     return argument.end(), [(m.start(), argument.end(), "input_commands", bbl)]
 
-# %% ../../nbs/corpus/04_latex.ipynb #b53acda1
+# %% ../../nbs/corpus/04_latex.ipynb #82d9222c
 MATH = ("equation", "align", "eqnarray", "gather", "multline", "displaymath", "math", "alignat", "flalign", "dmath", "IEEEeqnarray")
-OPENERS = re.compile(r"""(?P<dollar>\$\$?)|\\(?:(?P<bracket>[\[(])|begin\s*\{(?P<env>(?:%s)\*?|%s)\}|(?P<verb>verb\*?(?P<delim>[^a-zA-Z*\s]).{0,300}?(?P=delim)))"""
-                     % ("|".join(MATH), "|".join(map(re.escape, VERBATIM))))
 EMPTY_LINE = re.compile(r"\n[ \t]*\n")
-
-def formula_end(
-    text:str, # the text
-    m:re.Match, # of OPENERS
-    absent:set, # closers known to be absent
-)->int|None: # where the formula (or verbatim passage) ends
-    "Where what `m` opens ends, None where it doesn't"
-    if m["verb"]: return m.end()
-    if m["env"]: return past(text, m.end(), "\\end{%s}" % m["env"], absent)
-    if m["bracket"]: end = past(text, m.end(), "\\]" if m["bracket"] == "[" else "\\)", absent)
-    else: end = past_dollar(text, m.end(), m["dollar"], absent)
-    return None if end is None or EMPTY_LINE.search(text, m.end(), end) else end
 
 def past_dollar(
     text:str, # the text
@@ -402,20 +388,96 @@ def past_dollar(
     while end and text[end - len(dollars) - 1] == "\\" and escaped(text, end - len(dollars)): end = past(text, end, dollars, absent)
     return end
 
-# %% ../../nbs/corpus/04_latex.ipynb #281f64b6
-def formulas(
+# %% ../../nbs/corpus/04_latex.ipynb #9dd7de0f
+ESCAPED_DOLLAR = re.compile(r"(?<!\\)(?:\\\\)*\\\$")
+
+class Dollars:
+    "Whether a place lies inside `$...$`, for places asked in ascending order"
+    def __init__(self, text): self.text, self.cursor, self.odd = text, 0, False
+
+    def skip(self, i): 
+        "Go on at `i`, which is outside any formula"
+        self.cursor, self.odd = i, False
+
+    def inside(self,
+        i:int, # a place, not before the last one
+    )->bool: # is it inside an inline formula?
+        "Count the dollar signs since the last place, or since the last empty line"
+        text, a = self.text, self.cursor
+        empty = text.rfind("\n\n", a, i)
+        if empty >= 0: a, self.odd = empty, False
+        n = text.count("$", a, i)
+        if n and text.find("\\$", a, i) >= 0: n -= len(ESCAPED_DOLLAR.findall(text, a, i))
+        self.odd ^= n % 2 == 1
+        self.cursor = i
+        return self.odd
+
+# %% ../../nbs/corpus/04_latex.ipynb #3ce45d81
+BLOCKS = re.compile(r"""\\(?=[\[(bv])(?:(?P<bracket>[\[(])|begin\s*\{(?P<env>(?:%s)\*?|%s)\}|(?P<verb>verb\*?(?P<delim>[^a-zA-Z*\s]).{0,300}?(?P=delim)))"""
+                    % ("|".join(MATH), "|".join(map(re.escape, VERBATIM))))
+
+def blocks(
     text:str, # LaTeX
-)->list: # (start, end, kind), kind "inline", "display" or "verbatim", in order
-    "Where the formulas and the verbatim passages of `text` are, delimiters included"
-    spans, absent, pos = [], set(), 0
-    while m := OPENERS.search(text, pos):
-        start, pos = m.start(), m.end()
-        if start and text[start - 1] == "\\" and escaped(text, start): continue
-        if (end := formula_end(text, m, absent)) is None: continue
-        env = m["env"]
-        spans.append((start, end, "verbatim" if m["verb"] or env in VERBATIM else "inline" if m["dollar"] == "$" or m["bracket"] == "(" else "display"))
-        pos = end
+)->list: # (start, end) in order
+    "Where displayed formulas, `\\(...\\)` and verbatim passages are"
+    spans, absent, inline, pos = [], set(), Dollars(text), 0
+    display, m = text.find("$$"), BLOCKS.search(text)
+    while display >= 0 or m:
+        dollar = 0 <= display and not (m and m.start() < display)
+        start = display if dollar else m.start()
+        if start and text[start - 1] == "\\" and escaped(text, start): end, pos = None, start + 1
+        elif dollar and inline.inside(start): end, pos = None, start + 1
+        else:
+            pos = start + 2 if dollar else m.end()
+            end = dollar_end(text, pos, absent) if dollar else block_end(text, m, absent)
+        if end: spans.append((start, end)); inline.skip(end); pos = end
+        if 0 <= display < pos: display = text.find("$$", pos)
+        if m and m.start() < pos: m = BLOCKS.search(text, pos)
     return spans
+
+def dollar_end(text, start, absent):
+    "Where a `$$` display ends, None where an empty line comes first"
+    end = past_dollar(text, start, "$$", absent)
+    return None if end is None or EMPTY_LINE.search(text, start, end) else end
+
+def block_end(text, m, absent):
+    "Where what `m` opens ends, None where it doesn't"
+    if m["verb"]: return m.end()
+    end = past(text, m.end(), "\\end{%s}" % m["env"] if m["env"] else "\\]" if m["bracket"] == "[" else "\\)", absent)
+    return None if end is None or (m["env"] not in VERBATIM and EMPTY_LINE.search(text, m.end(), end)) else end
+
+# %% ../../nbs/corpus/04_latex.ipynb #4824d3cd
+def split_formulas(
+    text:str, # LaTeX
+)->tuple: # (prose, held): prose[0] + held[0] + prose[1] + ... + prose[-1] is the text
+    "Take a text apart into prose, and the formulas and verbatim passages between"
+    prose, held, run, pos = [], [], [], 0
+    for a, b in blocks(text) + [(len(text), len(text))]:
+        run = split_inline(text[pos:a], run, prose, held)
+        if b > a: prose.append("".join(run)); held.append(text[a:b]); run = []
+        pos = b
+    return prose + ["".join(run)], held
+
+def split_inline(gap, run, prose, held):
+    "Take a text without displays apart at its dollar signs; `run` is the prose not yet closed by a formula"
+    parts = gap.split("$")
+    run.append(parts[0])
+    i, last = 1, len(parts) - 1
+    while i <= last:
+        end = None if run[-1].endswith("\\") and escaped(run[-1], len(run[-1])) else inline_end(parts, i)
+        if end is None: run += "$", parts[i]; i += 1; continue
+        prose.append("".join(run))
+        held.append("$" + "$".join(parts[i:end]) + "$")
+        run = [parts[end]]
+        i = end + 1
+    return run
+
+def inline_end(parts, i):
+    "The part after the dollar sign that closes the formula which starts with part `i`; None where an empty line or nothing comes first"
+    for end in range(i + 1, min(i + 50, len(parts))):
+        if "\n" in parts[end - 1] and EMPTY_LINE.search(parts[end - 1]): return None
+        if not (parts[end - 1].endswith("\\") and escaped(parts[end - 1], len(parts[end - 1]))): return end
+    return None
 
 # %% ../../nbs/corpus/04_latex.ipynb #9a2af3fe
 @dataclass(frozen=True)
