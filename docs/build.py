@@ -72,7 +72,7 @@ def listing(room:str, chapters, root:Path)->str:
     "The chapters of a room with their subtitles, and the toctree behind them."
     inside = [c for c in chapters if c.page.rpartition("/")[0] == room and not c.page.endswith("index")]
     names = [c.page.rpartition("/")[2] for c in inside]
-    lines = [f"- [{c.title}]({n}.ipynb): {c.subtitle}" for c, n in zip(inside, names)]
+    lines = [f"- [{c.title}]({n}.ipynb): {c.subtitle.rstrip('.')}." for c, n in zip(inside, names)]
     if room == "corpus" and (rows := reasons(root)) is not None: names.append("reasons"); lines.append("- [Reasons](reasons.md): why a paper is not in the corpus, one row a reason.")
     return "\n".join(["## Chapters" if room else "", "", *lines, "", toctree(names)])
 

@@ -188,13 +188,24 @@ def reader_cells(group, level:int, chapter, links)->list:
     cell, docs = group[0], group[1:]
     outputs = [reader_output(o) for o in cell.get("outputs", [])]
     tags = [t for t in cell.metadata.get("tags", []) if t not in ("exported", "skip-execution")]
-    if "exported" not in cell.metadata.get("tags", []): return [shown(cell.source, outputs, tags)]
-    names, only_imports = defined_names(cell.source), all_imports(cell.source)
-    if only_imports: return []
+    if "exported" not in cell.metadata.get("tags", []):
+        if all_imports(cell.source) and not outputs: return [shown(cell.source, [], [*tags, "hide-input"], "Imports of the examples")]
+        return [shown(cell.source, outputs, tags)]
+    if all_imports(cell.source): return []
+    names = defined_names(cell.source) or assigned_names(cell.source)
     docs = sorted(docs, key=lambda c: cell.source.find(c.source[len("show_doc("):-1].split(".")[-1]))
     pages = [documentation(d, min(level + 1, 4), chapter, links) for d in docs]
-    if not names: return [shown(cell.source, outputs, tags)]
-    return pages + [shown(cell.source, outputs, [*tags, "hide-input"], f"Source of {', '.join(names)}")]
+    if not pages and worth_reading(cell.source, names): return [shown(cell.source, outputs, tags)]
+    return pages + [shown(cell.source, outputs, [*tags, "hide-input"], f"Source of {', '.join(names) or 'this step'}")]
+
+def assigned_names(source:str)->list[str]:
+    "Constants that a cell sets."
+    targets = [t for n in ast.parse(source).body for t in (n.targets if isinstance(n, ast.Assign) else [n.target] if isinstance(n, ast.AnnAssign) else [])]
+    return [t.id for t in targets if isinstance(t, ast.Name)]
+
+def worth_reading(source:str, names)->bool:
+    "Public constants that fit a glance stay open; long tables and private names fold."
+    return len(source.splitlines()) <= 12 and not all(n.startswith("_") for n in names)
 
 def all_imports(source:str)->bool:
     return all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(source).body)
@@ -210,15 +221,17 @@ def documentation(cell, level:int, chapter, links):
     text = "".join(next(o["data"]["text/markdown"] for o in cell.outputs if "text/markdown" in o.get("data", {})))
     body = re.split(r"^#{1,6} .*$", text, maxsplit=1, flags=re.M)[-1].strip()
     head = f'<span class="anchor" id="{name}"></span>\n\n{"#" * level} `{name}`\n\n'
-    return nbformat.v4.new_markdown_cell(head + links.rewrite(tidy_signature(body), chapter))
+    return nbformat.v4.new_markdown_cell(head + links.rewrite(tidy_signature(body, name), chapter))
 
-def tidy_signature(markdown:str)->str:
-    "The docstring in italics reads badly after a code block; an object's address is noise."
+def tidy_signature(markdown:str, name:str)->str:
+    "The docstring upright, `class` for what is called to make an object, no signature that says nothing, no addresses."
     fence = markdown.rfind("```")
     code, doc = (markdown[:fence + 3], markdown[fence + 3:].strip()) if fence >= 0 else ("", markdown)
     first, *rest = doc.split("\n", 1)
     if len(first) > 2 and first.startswith("*") and first.endswith("*") and not first.startswith("**"): first = first[1:-1]
     code = re.sub(r" at 0x[0-9a-f]+", "", code).replace("__main__.", "")
+    if name[0].isupper() and "." not in name: code = re.sub(rf"^def {name}\(", f"class {name}(", code, flags=re.M)
+    if re.search(r"\(\s*\*args, \*\*kw(d|arg)s\s*\)", code): code = ""
     return "\n\n".join(p for p in (code, "\n".join([first, *rest])) if p.strip())
 
 def title_block(source:str, chapter:Chapter)->str:

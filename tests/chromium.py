@@ -82,10 +82,9 @@ class Chromium:
     def wait_for(self, javascript:str, seconds:float=20):
         "Until the expression is true."
         deadline = time.monotonic() + seconds
-        while not (value := self.run(javascript)):
+        while not self.run(f"!!({javascript})"):
             if time.monotonic() > deadline: raise TimeoutError(f"never true: {javascript}")
             time.sleep(.1)
-        return value
 
     def screenshot(self, path:Path, whole_page:bool=False):
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=whole_page)
