@@ -7,8 +7,8 @@ __all__ = ['TROUBLES', 'ODDITIES', 'zipf_weights', 'Writer', 'plural', 'Habits',
            'write_draft', 'Layout', 'make_record', 'Submission', 'squeeze', 'pack_files', 'small_pdf', 'bomb',
            'Miniature', 'manifest_xml', 'write_miniature']
 
-# %% ../../nbs/corpus/01_miniature.ipynb #38b2c250
-import gzip, hashlib, io, json, random, re, tarfile
+# %% ../../nbs/corpus/01_miniature.ipynb #19f1c1a3
+import hashlib, io, json, random, re, tarfile, zlib
 from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,7 @@ from .ledger import REASONS, Reason, domain_of
 from ..settings import StudyError
 from ..storage import whole_folder
 
-# %% ../../nbs/corpus/01_miniature.ipynb #a85eb7cc
+# %% ../../nbs/corpus/01_miniature.ipynb #df1e6fb5
 _NOUNS = {
     "math": """space map group ring module manifold function operator algebra curve sheaf field lattice measure category functor bundle
         morphism ideal kernel set graph variety metric topology sequence element subgroup representation character matrix divisor
@@ -33,7 +33,12 @@ _NOUNS = {
         partition permutation tableau quiver stack scheme torsor connection curvature laplacian eigenvalue resolvent distribution
         hypersurface surface knot braid link tangle orbifold groupoid operad coalgebra derivation valuation discriminant resultant
         automorphism involution cocycle norm seminorm functional inequality zeta_function theta_function modular_form cusp orbit
-        stabiliser stratification triangulation horseshoe attractor cylinder tree_lattice formal_group residue_field local_ring""",
+        stabiliser stratification triangulation horseshoe attractor cylinder tree_lattice formal_group residue_field local_ring
+        subspace subset interval germ jet chain path loop arc disc ball sphere torus cone fan polyhedron facet hyperplane arrangement matroid
+        flag root weight crystal cluster_algebra mutation superalgebra bialgebra antipode comodule torsion_pair t-structure localisation
+        completion compactification resolution blow-up degeneration deformation moduli_space period_map monodromy regulator height
+        conductor ramification idele adele L-function Euler_product character_sum sieve exponential_sum random_walk percolation
+        potential capacity dimension entropy cocycle joining factor_map shift subshift automaton language tiling quasicrystal""",
     "cs": """algorithm graph network model problem vertex edge protocol query instance tree layer input bound circuit program language
         oracle sample gradient process message node automaton machine reduction approximation heuristic scheduler cache kernel
         encoder decoder embedding token dataset classifier policy agent reward matrix index hash_table bitmap compiler type_system
@@ -41,7 +46,16 @@ _NOUNS = {
         packet router queue server replica ledger transaction thread lock barrier register instruction pipeline memory page
         benchmark workload trace corpus annotation feature ranking recommendation cluster partition matching cut flow clique
         colouring treewidth minor sketch stream counter filter sensor robot planner controller trajectory pixel segment mesh
+        attention_head residual_block layer_norm learning_rate checkpoint prompt tokenizer retriever knowledge_base ontology schema join view
+        transaction_log snapshot replica_set leader quorum clock deadline interrupt hypervisor container sandbox firewall attacker exploit
+        watermark fingerprint obfuscation garbled_circuit oblivious_transfer lattice_basis syndrome decoder_graph erasure repair_group
+        hypergraph tournament matroid oracle_call kernelisation branching_rule local_search annealing fitness mutation population swarm
+        sensor_node beacon antenna beamformer spectrum_band relay backhaul waveform pilot subcarrier demodulator
         texture shader interface specification invariant contract monad closure recursion lambda_term rewriting_system bisimulation""",
+}
+
+# %% ../../nbs/corpus/01_miniature.ipynb #fd811119
+_NOUNS |= {
     "physics": """field theory state coupling mass symmetry particle operator amplitude energy scale current potential model charge boson
         fermion quark gluon photon neutrino lepton meson hadron symmetry_breaking vacuum condensate propagator vertex loop
         correction cross_section decay_rate branching_ratio width resonance spectrum brane string compactification flux modulus
@@ -49,49 +63,71 @@ _NOUNS = {
         superpotential multiplet supercharge graviton dilaton axion inflaton sneutrino squark gluino detector luminosity jet
         parton splitting_function renormalisation_group fixed_point beta_function anomalous_dimension cutoff regulator lattice
         Wilson_loop determinant partition_function path_integral action Lagrangian Hamiltonian qubit channel entanglement
-        density_matrix decoherence measurement photon_pair cavity interferometer phase_space trajectory wave_function""",
+        density_matrix decoherence measurement photon_pair cavity interferometer phase_space trajectory wave_function
+        saddle_point effective_potential tadpole self-energy vertex_function form_factor structure_function helicity_amplitude twistor
+        soft_theorem dispersion_relation sum_rule Regge_trajectory pomeron glueball hyperon pion kaon bottomonium charmonium leptoquark
+        sterile_neutrino mixing_angle CP_phase seesaw unification proton_decay domain_wall cosmic_string reheating bubble baryon_asymmetry
+        dark_sector relic_density orientifold D-brane worldsheet tachyon swampland orbifold moduli_potential warp_factor throat
+        quench thermalisation scrambling Bell_inequality teleportation stabiliser_code magic_state tomography squeezed_state homodyne_detector""",
     "stat": """estimator sample distribution model parameter risk prior posterior likelihood covariate variable regression test loss
         kernel bandwidth penalty coefficient residual variance covariance quantile density bootstrap confidence_interval hypothesis
         statistic threshold minimax_rate bound classifier predictor feature random_forest mixture component cluster chain sampler
         proposal Markov_kernel martingale empirical_process entropy bracketing_number concentration deviation outlier contamination
         M-estimator lasso ridge subgaussian_norm eigenvalue principal_component factor loading graph graphical_model
         treatment effect instrument propensity_score confounder counterfactual survival_time hazard censoring spline wavelet
-        changepoint time_series autocovariance spectral_density field_experiment design optimal_design quadrature discrepancy""",
+        changepoint time_series autocovariance spectral_density field_experiment design optimal_design quadrature discrepancy
+        surrogate acquisition Gaussian_process length_scale inducing_point variational_family evidence_bound flow copula tail_index
+        extreme_value exceedance record_process point_process intensity branching_ratio mark dependence_graph moral_graph separator
+        screening_rule knockoff false_discovery p-value e-value stopping_rule boundary sequential_test bandit arm regret exploration
+        transport_map coupling barycentre depth median trimmed_mean leverage influence_function breakdown_point imputation
+        missing_value panel cohort stratum survey_weight small_area calibration score forecast verification reliability""",
 }
 
-# %% ../../nbs/corpus/01_miniature.ipynb #f3666964
+# %% ../../nbs/corpus/01_miniature.ipynb #47d41f8d
 _ADJECTIVES = {
     "math": """smooth compact finite bounded continuous linear abelian algebraic closed open projective affine connected free regular
-        normal complete local global simple nilpotent semisimple measurable convex positive harmonic holomorphic meromorphic proper
+        normal complete local global simple nilpotent semisimple tame wild rigid thin dense sparse exact split formal graded symmetric self-adjoint
+        unitary diagonalisable invertible effective ample nef stable semistable contractible simply_connected spin oriented metrisable measurable
+        convex positive harmonic holomorphic meromorphic proper
         flat faithful separable complex real orientable hyperbolic elliptic parabolic symplectic integrable ergodic amenable
         residually_finite countable uncountable perfect noetherian artinian coherent torsion-free equivariant unramified graded
         differential simplicial cyclic solvable reductive unipotent quasi-compact pseudo-convex rational irreducible degenerate""",
     "cs": """efficient deterministic randomised distributed polynomial greedy local optimal approximate parallel online adaptive sparse
         dense planar directed weighted bounded recursive symbolic neural recurrent convolutional generative supervised
-        unsupervised asynchronous fault-tolerant secure private verifiable incremental lazy persistent concurrent scalable robust
+        unsupervised contrastive multilingual multimodal federated differentiable sample-efficient energy-aware real-time soft_real-time reversible
+        acyclic planar chordal series-parallel context-free star-free linear-time space-efficient non-interactive post-quantum homomorphic
+        asynchronous fault-tolerant secure private verifiable incremental lazy persistent concurrent scalable robust
         stochastic discrete combinatorial hierarchical modular typed polymorphic higher-order decidable undecidable tractable
         sublinear quadratic exponential probabilistic quantum hybrid low-rank self-stabilising cache-oblivious interactive""",
-    "physics": """massive massless effective scalar chiral conformal supersymmetric gauge-invariant perturbative non-perturbative classical
+    "physics": """massive massless effective tree-level one-loop two-loop twisted untwisted heterotic maximally_symmetric anisotropic homogeneous
+        static stationary strongly_coupled weakly_coupled long-lived scalar chiral conformal supersymmetric gauge-invariant perturbative
+        non-perturbative classical
         quantum thermal holographic electroweak leptonic hadronic heavy light left-handed right-handed bosonic fermionic abelian
         non-abelian transverse longitudinal renormalisable relativistic non-relativistic coherent entangled mixed stable unstable
         metastable leading subleading exact approximate cosmological primordial inclusive exclusive radiative resonant off-shell
         on-shell topological dynamical spontaneous explicit infrared ultraviolet extremal near-extremal rotating charged neutral""",
-    "stat": """consistent unbiased efficient robust sparse high-dimensional nonparametric parametric semiparametric asymptotic empirical
+    "stat": """consistent unbiased doubly_robust rank-based kernel-based calibrated cross-fitted self-normalised nested efficient robust sparse
+        high-dimensional nonparametric parametric semiparametric asymptotic empirical
         Bayesian frequentist adaptive minimax marginal conditional joint independent exchangeable stationary ergodic heavy-tailed
         subgaussian bounded smooth regular local global penalised regularised weighted stratified randomised observational causal
         latent hierarchical spatial temporal multivariate univariate discrete continuous censored noisy ill-posed sequential""",
 }
 
-# %% ../../nbs/corpus/01_miniature.ipynb #7255444e
+# %% ../../nbs/corpus/01_miniature.ipynb #c6230788
 _SHARED = {
     "verb": """show prove study consider describe construct obtain derive establish analyse investigate characterise compute determine
-        introduce discuss extend generalise improve recover classify compare estimate exhibit identify illustrate present propose""",
+        introduce discuss extend generalise improve recover classify compare estimate exhibit identify illustrate present propose review revisit
+        simplify unify sharpen relate reduce interpret reformulate quantify exploit combine motivate adapt refine complete""",
     "thing": """result approach method construction question argument condition assumption property technique example structure
         bound behaviour case formula description framework notion statement setting proof principle definition criterion procedure
-        computation observation hypothesis estimate relation correspondence phenomenon obstruction strategy""",
+        computation observation hypothesis estimate relation correspondence phenomenon obstruction strategy remark conjecture
+        objection analogy mechanism interpretation refinement consequence viewpoint program machinery identity recipe counterexample reduction
+        philosophy limitation dichotomy classification trick converse normalisation convention heuristic""",
     "quality": """natural general simple explicit new sharp well-known useful recent direct precise standard strong weak similar suitable
         common elementary surprising classical central important different uniform fundamental interesting careful systematic
-        subtle unified abstract concrete quantitative qualitative optimal essential technical careful rigorous detailed""",
+        subtle unified abstract concrete quantitative qualitative optimal essential technical careful rigorous detailed tentative partial
+        alternative indirect geometric combinatorial analytic probabilistic constructive effective intrinsic robust elegant transparent
+        familiar folklore delicate lengthy routine straightforward unexpected promising complementary""",
     "adverb": """clearly indeed therefore moreover however consequently similarly finally hence furthermore conversely nevertheless
         in_particular in_general in_fact as_a_consequence on_the_other_hand in_this_case by_contrast for_instance equivalently""",
     "manner": """directly easily explicitly uniformly independently simultaneously carefully essentially naturally precisely completely
@@ -99,6 +135,7 @@ _SHARED = {
     "verbs": """depends_on determines induces preserves controls contains extends generates dominates commutes_with vanishes_on
         factors_through restricts_to converges_to differs_from reduces_to acts_on agrees_with is_bounded_by is_equivalent_to
         is_contained_in is_determined_by coincides_with gives_rise_to is_compatible_with is_independent_of""",
+    "stem": """tame rigid slender thin supple brittle visible hidden balanced tight loose frugal patient eager timid bold sober mild harsh fragile rugged""",
     "prefix": """sub quasi pseudo semi multi non pre co super hyper meta bi""",
 }
 
@@ -110,15 +147,15 @@ _EPONYMS = {
     "stat": r"Bayes Gauss Fisher Poisson Wishart Cram\'er Neyman Pearson Student Hellinger Kolmogorov Wiener Markov Gibbs Laplace Wald Dirichlet Lo\`eve",
 }
 
-# %% ../../nbs/corpus/01_miniature.ipynb #e2915460
+# %% ../../nbs/corpus/01_miniature.ipynb #e3b7c391
 def _terms(text: str) -> tuple[str, ...]:
     "A word list; `_` stands for a space inside a term."
     return tuple(w.replace("_", " ") for w in text.split())
 
 @lru_cache(None)
-def zipf_weights(n: int) -> tuple[float, ...]:  # cumulative
-    "Cumulative weights of Zipf's law, flattened at the head as in Mandelbrot's form: 1/(rank + 2)."
-    return tuple(accumulate(1/(rank + 2) for rank in range(n)))
+def zipf_weights(n: int, shift: float = 2) -> tuple[float, ...]:  # cumulative
+    "Cumulative weights of Zipf's law, flattened at the head as Mandelbrot proposed: 1/(rank + shift)."
+    return tuple(accumulate(1/(rank + shift) for rank in range(n)))
 
 # %% ../../nbs/corpus/01_miniature.ipynb #6f07c031
 def _rules(text: str) -> dict[str, tuple[str, ...]]:
@@ -129,45 +166,158 @@ def _rules(text: str) -> dict[str, tuple[str, ...]]:
         rules[slot] = tuple(a.strip() for a in alternatives.split(" | "))
     return rules
 
-# %% ../../nbs/corpus/01_miniature.ipynb #825be984
+# %% ../../nbs/corpus/01_miniature.ipynb #42e3637c
 _PHRASES = _rules(r"""
-np: a <mod> <noun> | the <noun> <m_obj> | every <noun> | a <noun> | the <noun> of <np1> | any <mod> <noun> <m_obj> | a <eponym> <noun> | the <adj> part of <m_obj> | such a <noun> | the corresponding <mod> <noun> | the <noun> of <adj> <nouns> | a pair of <nouns> | each <adj> <noun>
+np: a <mod> <noun> | the <noun> <m_obj> | every <noun> | a <noun> | the <noun> of <np1> | any <mod> <noun> <m_obj> | a <eponym> <noun>
+    | the <adj> part of <m_obj> | such a <noun> | the corresponding <mod> <noun> | the <noun> of <adj> <nouns> | a pair of <nouns> | each <adj> <noun>
 np1: a <noun> | the <noun> | <m_obj> | a <mod> <noun> | the <mod> <noun> <m_obj> | a <eponym> <noun> | each <noun> | its <noun> | some <adj> <noun>
 ob: <np> | <mod> <nouns> | <np1> | <nouns> of <np1> | the <nouns> of <m_obj> | <adj> <nouns> and their <nouns> | <m_obj> and <np1>
 mod: <adj> | <adj> | <eponym> | <adj>, <adj> | <prefix>-<adj> | <quality> <adj> | <adj> and <adj>
 abs: <quality> <thing> | <thing> | <thing> of <cite> | <quality> and <quality> <thing> | <thing> of Section~\ref{<sec>} | <thing> above
 abss: <things> | <quality> <things> | <things> of this kind | <things> in the literature
-cond: if <m_rel> | whenever <m_rel> | provided that <np1> is <adj> | as soon as <m_rel> | unless <np1> is <adj> | for all <m_in> | where <m_rel> | for <m_idx> large enough | since <np1> is <adj>
-ref: Theorem~\ref{<thm>} | Lemma~\ref{<thm>} | \eqref{<eq>} | Section~\ref{<sec>} | the definition of <m_obj> | the <eponym> <thing> | our <thing> | induction on <m_idx>
+cond: if <m_rel> | whenever <m_rel> | provided that <np1> is <adj> | as soon as <m_rel> | unless <np1> is <adj> | for all <m_in> | where <m_rel>
+    | for <m_idx> large enough | since <np1> is <adj>
+ref: Theorem~\ref{<thm>} | Lemma~\ref{<thm>} | \eqref{<eq>} | Section~\ref{<sec>} | the definition of <m_obj> | the <eponym> <thing> | our <thing>
+    | induction on <m_idx>
 show: show | prove | see | verify | deduce | establish | find | conclude
 """)
 _PHRASES["tail"] = ("", "", "", ", <cond>", " <manner>", ", see <cite>", "; compare~\\eqref{<eq>}", " in terms of <ob>", " for some <m_in>")
 
-# %% ../../nbs/corpus/01_miniature.ipynb #f50011f3
-_SENTENCES = _rules(r"""
-motive: The <thing> of <nouns> has been studied <manner> since the work of <cite>. | In recent years <adj> <nouns> have attracted much attention~<cite>. | A <quality> <thing> asks whether <np> <verbs> <ob>. | It is <quality> to ask when <np> <verbs> <ob><tail>. | The <thing> of <cite> shows that <np> <verbs> <ob>. | <nouns> and their <nouns> play a <quality> role in the <thing> of <adj> <nouns>. | One of the most <quality> <things> about <adj> <nouns> concerns <np>. | Despite much work~<cite>, no <quality> <thing> is known when <np> is <adj>. | Recall that <np1> is called <mod> <cond>. | For <nouns> of this type, the <abs> goes back to <cite>. | Most known <abss> require that <np> is <adj>. | There is a <quality> reason for this: <np1> <verbs> <ob>. | Two <quality> questions remain: which <nouns> are <adj>, and how <np> <verbs> <ob>. | The interest in <np> comes from its <thing> to <adj> <nouns>.
-aim: In this paper we <verb> <ob><tail>. | We <verb> a <abs> for <np>. | Our main <thing> is that <np> <verbs> <ob><tail>. | The aim of this note is to <verb> <ob> and to <verb> its <thing>. | We also <verb> <ob>, which <verbs> <ob>. | As an application, we <verb> the <noun> of <np1>. | To our knowledge, this is the first <abs> of <np>. | The <thing> rests on a <quality> <thing> about <adj> <nouns>. | Along the way we <verb> <mod> <nouns> and <verb> their <nouns>. | In contrast to~<cite>, we do not assume that <np1> is <adj>. | The new ingredient is a <abs> for <m_obj>, which may be of independent interest. | We <show> that this <thing> is <quality> <cond>.
-plan: The paper is organised as follows. | Section~\ref{<sec>} contains the <thing> of <ref>. | In Section~\ref{<sec>} we <verb> <ob>. | We collect <quality> <abss> in Section~\ref{<sec>}. | The reader who is interested in <adj> <nouns> may start with Section~\ref{<sec>}. | The last section is devoted to <abss>.
-fact: Let <m_obj> be <np>. | Then <m_rel><tail>. | We write <m_obj> for the <noun> of <np1>. | <adverb_c>, <np1> <verbs> <ob><tail>. | By <ref>, <np1> is <adj>. | Note that <m_rel> <cond>. | Since <np1> <verbs> <ob>, we may assume that <m_rel>. | This <abs> is <quality>, because <np> is <adj>. | We say that <np1> is <adj> <cond>. | Here <m_obj> denotes <np>, and <m_in>. | It is <manner> checked that <m_rel>. | The <noun> <m_obj> is <mod> <cond>. | If <m_rel>, then <np1> <verbs> <ob>. | <adverb_c>, we <verb> <ob> <manner>. | The <abs> applies to <np> as well. | This means that <np1> is <adj> if and only if <m_rel>. | Every <noun> with <m_rel> is <adj>.
-step: First we <show> that <m_rel>. | By <ref> we have <m_rel><tail>. | It follows from <ref> that <m_rel>. | Suppose for contradiction that <m_rel>. | Choose <m_in> such that <m_rel>. | <adverb_c>, <m_rel>. | Applying <ref> to <m_obj> we obtain <m_rel>. | Hence <np1> <verbs> <m_obj>, and <m_rel>. | It remains to <show> that <np1> is <adj>. | Without loss of generality, <m_rel>. | The <noun> <m_obj> is <adj> by <ref>. | Passing to a <noun> if necessary, we may assume <m_rel>. | This contradicts <ref>. | Let <m_in> be <adj>. | The other <thing> is <quality> and follows from <ref>. | Combining this with~\eqref{<eq>} gives <m_rel>. | Taking <m_idx> to infinity yields <m_rel>. | For the converse, let <m_obj> be <np>. | Note that <m_obj> does not depend on <m_in>. | We now <verb> <ob><tail>.
-setup: Let <m_obj> be <np>. | Assume that <m_rel>. | Suppose that <np1> <verbs> <ob>. | Fix <m_in> and let <m_obj> be <adj>. | Let <m_obj> and <m_in> be as in Section~\ref{<sec>}. | Let <m_obj> be <np> with <m_rel>. | Under the <abss> of~\eqref{<eq>}, let <m_in>.
-claim: Then <np1> <verbs> <ob>. | Then <m_rel> <cond>. | If <m_rel>, then <m_obj> is <mod>. | Every <mod> <noun> <verbs> <ob>. | There exists <m_in> such that <m_rel>. | The following are equivalent: <m_obj> is <adj>; <np1> <verbs> <m_obj>; and <m_rel>. | <adverb_c>, <m_obj> is <adj> if and only if <m_rel>. | The <noun> of <m_obj> is <adj>, and <m_rel>. | Moreover, <m_rel><tail>. | In that case <np1> is <mod>. | Conversely, <np1> is <adj> <cond>.
-close: We have shown that <np> <verbs> <ob>. | Several <things> remain open. | It would be <quality> to determine whether <np> is <adj>. | We expect that the <abs> extends to <np>. | A <abs> for <adj> <nouns> would <verb> <ref>. | We do not know whether the <thing> <m_rel> can be removed. | The <abs> of this paper <verbs> that of <cite>. | In future work we will <verb> <ob>.
+# %% ../../nbs/corpus/01_miniature.ipynb #6b3409ca
+_INTRODUCTION = _rules(r"""
+motive: The <thing> of <nouns> has been studied <manner> since the work of <cite>.
+    | In recent years <adj> <nouns> have attracted much attention~<cite>. | A <quality> <thing> asks whether <np> <verbs> <ob>.
+    | It is <quality> to ask when <np> <verbs> <ob><tail>. | The <thing> of <cite> shows that <np> <verbs> <ob>.
+    | <nouns> and their <nouns> play a <quality> role in the <thing> of <adj> <nouns>.
+    | One of the most <quality> <things> about <adj> <nouns> concerns <np>.
+    | Despite much work~<cite>, no <quality> <thing> is known when <np> is <adj>. | Recall that <np1> is called <mod> <cond>.
+    | For <nouns> of this type, the <abs> goes back to <cite>. | Most known <abss> require that <np> is <adj>.
+    | There is a <quality> reason for this: <np1> <verbs> <ob>. | Two <quality> questions remain: which <nouns> are <adj>, and how <np> <verbs> <ob>.
+    | The interest in <np> comes from its <thing> to <adj> <nouns>.
+    | The notion of <np1> was introduced in~<cite> and has since become a <quality> tool.
+    | Since~<cite>, <coin> <nouns> have been used to <verb> <ob>. | It was observed by <cite> that <np> need not be <adj>, even <cond>.
+    | The theory of <adj> <nouns> is by now well developed; see~<cite> for a survey.
+    | Nonetheless, little is known about <adj> <nouns> that are not <adj>.
+    | A first <thing> in this direction was found in~<cite>, where <np1> is assumed to be <adj>.
+    | By the <thing> of <cite>, the <noun> of <np1> is <adj>. | There are at least two ways to <verb> <ob>, and both have their limits.
+    | The <adj> case is <quality>, but it already contains the main <thing>. | From the point of view of <adj> <nouns>, this is a <thing> about <ob>.
+    | Such <nouns> arise <manner> in the <thing> of <ob>.
+aim: In this paper we <verb> <ob><tail>. | We <verb> a <abs> for <np>. | Our main <thing> is that <np> <verbs> <ob><tail>.
+    | The aim of this note is to <verb> <ob> and to <verb> its <thing>. | We also <verb> <ob>, which <verbs> <ob>.
+    | As an application, we <verb> the <noun> of <np1>. | To our knowledge, this is the first <abs> of <np>.
+    | The <thing> rests on a <quality> <thing> about <adj> <nouns>. | Along the way we <verb> <mod> <nouns> and <verb> their <nouns>.
+    | In contrast to~<cite>, we do not assume that <np1> is <adj>. | The new ingredient is a <abs> for <m_obj>, which may be of independent interest.
+    | We <show> that this <thing> is <quality> <cond>. | We call <np1> \emph{<coin>} <cond>. | The purpose of this paper is to <verb> <coin> <nouns>.
+    | We give a <quality> <thing> for this, and <verb> that it is <quality>. | Not only do we <verb> <ob>, we also <verb> its <noun>.
+    | Our <thing> <verbs> <ob>, and it does so without any <thing> on <np1>. | These <things> were announced in~<cite>.
+    | In the <adj> case this answers a question of <cite>. | What is new here is the <thing> of <coin> <nouns>.
+plan: The paper is organised as follows. | Section~\ref{<sec>} contains the <thing> of <ref>. | In Section~\ref{<sec>} we <verb> <ob>.
+    | We collect <quality> <abss> in Section~\ref{<sec>}. | The reader who is interested in <adj> <nouns> may start with Section~\ref{<sec>}.
+    | The last section is devoted to <abss>. | Section~\ref{<sec>} is independent of the rest and deals with <ob>.
+    | Proofs are deferred to Section~\ref{<sec>}. | We fix notation in Section~\ref{<sec>} and recall <quality> <abss>.
+    | The case of <coin> <nouns> is treated in Section~\ref{<sec>}. | All <nouns> are assumed to be <adj> throughout.
 """)
 
-# %% ../../nbs/corpus/01_miniature.ipynb #ef314a40
+# %% ../../nbs/corpus/01_miniature.ipynb #63798095
+_STATEMENTS = _rules(r"""
+fact: Let <m_obj> be <np>. | Then <m_rel><tail>. | We write <m_obj> for the <noun> of <np1>. | <adverb_c>, <np1> <verbs> <ob><tail>.
+    | By <ref>, <np1> is <adj>. | Note that <m_rel> <cond>. | Since <np1> <verbs> <ob>, we may assume that <m_rel>.
+    | This <abs> is <quality>, because <np> is <adj>. | We say that <np1> is <adj> <cond>. | Here <m_obj> denotes <np>, and <m_in>.
+    | It is <manner> checked that <m_rel>. | The <noun> <m_obj> is <mod> <cond>. | If <m_rel>, then <np1> <verbs> <ob>.
+    | <adverb_c>, we <verb> <ob> <manner>. | The <abs> applies to <np> as well. | This means that <np1> is <adj> if and only if <m_rel>.
+    | Every <noun> with <m_rel> is <adj>. | A <noun> with this property is called \emph{<coin>}. | Every <coin> <noun> is <adj>, but not conversely.
+    | For a <coin> <noun> we have <m_rel><tail>. | The following <thing> will be used <manner>: <m_rel> <cond>.
+    | In terms of <m_obj>, this reads <m_rel>. | We use the convention that <m_rel> <cond>. | Up to <ob>, there is only one <adj> <noun>.
+    | The <noun> of a <coin> <noun> is again <coin>. | More precisely, <np1> <verbs> <ob>. | Neither <np1> nor <np1> depends on <m_idx>.
+    | It is important that <np1> is <adj> here. | This can be seen as a <adj> analogue of <ref>.
+setup: Let <m_obj> be <np>. | Assume that <m_rel>. | Suppose that <np1> <verbs> <ob>. | Fix <m_in> and let <m_obj> be <adj>.
+    | Let <m_obj> and <m_in> be as in Section~\ref{<sec>}. | Let <m_obj> be <np> with <m_rel>. | Under the <abss> of~\eqref{<eq>}, let <m_in>.
+claim: Then <np1> <verbs> <ob>. | Then <m_rel> <cond>. | If <m_rel>, then <m_obj> is <mod>. | Every <mod> <noun> <verbs> <ob>.
+    | There exists <m_in> such that <m_rel>. | The following are equivalent: <m_obj> is <adj>; <np1> <verbs> <m_obj>; and <m_rel>.
+    | <adverb_c>, <m_obj> is <adj> if and only if <m_rel>. | The <noun> of <m_obj> is <adj>, and <m_rel>. | Moreover, <m_rel><tail>.
+    | In that case <np1> is <mod>. | Conversely, <np1> is <adj> <cond>. | Then <m_obj> is <coin> <cond>. | If <np1> is <coin>, then so is <np1>.
+    | No <coin> <noun> <verbs> <ob>. | Up to a <noun>, <m_obj> is the only <coin> <noun> with <m_rel>. | For every <m_in> we have <m_rel>.
+""")
+
+# %% ../../nbs/corpus/01_miniature.ipynb #1d929e42
+_ARGUMENTS = _rules(r"""
+step: First we <show> that <m_rel>. | By <ref> we have <m_rel><tail>. | It follows from <ref> that <m_rel>. | Suppose for contradiction that <m_rel>.
+    | Choose <m_in> such that <m_rel>. | <adverb_c>, <m_rel>. | Applying <ref> to <m_obj> we obtain <m_rel>.
+    | Hence <np1> <verbs> <m_obj>, and <m_rel>. | It remains to <show> that <np1> is <adj>. | Without loss of generality, <m_rel>.
+    | The <noun> <m_obj> is <adj> by <ref>. | Passing to a <noun> if necessary, we may assume <m_rel>. | This contradicts <ref>.
+    | Let <m_in> be <adj>. | The other <thing> is <quality> and follows from <ref>. | Combining this with~\eqref{<eq>} gives <m_rel>.
+    | Taking <m_idx> to infinity yields <m_rel>. | For the converse, let <m_obj> be <np>. | Note that <m_obj> does not depend on <m_in>.
+    | We now <verb> <ob><tail>. | In view of~\eqref{<eq>}, it is enough to treat the case where <np1> is <coin>. | To see this, note that <m_rel>.
+    | The claim is clear <cond>, so suppose that <m_rel>. | Together with <ref>, this proves that <np1> is <adj>.
+    | Set $<term>=<term>$ and observe that <m_rel>. | On the one hand <m_rel>; on the other hand <m_rel>.
+    | This is where the <thing> that <np1> is <coin> enters. | Iterating this <m_idx> times we find <m_rel>.
+    | The last <thing> holds because <np1> <verbs> <ob>. | We are left with the case <m_rel>. | But then <m_rel>, which is what we want.
+    | As <m_obj> is <adj>, so is <m_obj>. | For each <m_in> pick <np> with <m_rel>. | The term on the right tends to zero <cond>.
+    | Arguing as in <cite>, we see that <m_rel>.
+close: We have shown that <np> <verbs> <ob>. | Several <things> remain open. | It would be <quality> to determine whether <np> is <adj>.
+    | We expect that the <abs> extends to <np>. | A <abs> for <adj> <nouns> would <verb> <ref>.
+    | We do not know whether the <thing> <m_rel> can be removed. | The <abs> of this paper <verbs> that of <cite>.
+    | In future work we will <verb> <ob>. | The <thing> that <coin> <nouns> are <adj> seems out of reach at present.
+    | A natural next step is to <verb> <coin> <nouns>. | One limitation is that <np1> must be <adj>.
+    | Whether <m_rel> holds for <adj> <nouns> is open. | It is tempting to conjecture that every <coin> <noun> is <adj>.
+caption: The <noun> of <adj> <nouns> for <int> <nouns>. | Comparison of <adj> and <adj> <nouns>. | <nouns> by <noun> and <noun>.
+    | Dependence of the <noun> on $<n>$; the line shows the <adj> <noun>. | Summary of the <adj> <nouns>; see Section~\ref{<sec>}.
+    | Each point is the mean of <int> <nouns>. | The <coin> <noun> with $<c>=<dec>$, and the <noun> for comparison.
+""")
+
+# %% ../../nbs/corpus/01_miniature.ipynb #f1fc1d3d
+_SENTENCES = {**_INTRODUCTION, **_STATEMENTS, **_ARGUMENTS}
+
+# %% ../../nbs/corpus/01_miniature.ipynb #4a0c0aaf
 _SPECIAL = {
     "math": _rules(r"""
-special: The case of <adj> <nouns> is due to <cite>. | For example, take <m_obj> to be the <noun> of <np1>. | A <quality> <thing> shows that the <thing> <m_rel> cannot be dropped. | In the language of <adj> <nouns>, <ref> says that <m_rel>. | When <m_obj> is <adj>, this recovers a <thing> of <cite>. | The <noun> of a <mod> <noun> need not be <adj>. | The <eponym> <noun> gives an <thing> where <np1> fails to be <adj>. | One can <verb> <m_obj> by a <adj> <noun>, at the cost of <np>.
+special: The case of <adj> <nouns> is due to <cite>. | For example, take <m_obj> to be the <noun> of <np1>.
+    | A <quality> <thing> shows that the <thing> <m_rel> cannot be dropped. | In the language of <adj> <nouns>, <ref> says that <m_rel>.
+    | When <m_obj> is <adj>, this recovers a <thing> of <cite>. | The <noun> of a <mod> <noun> need not be <adj>.
+    | The <eponym> <noun> gives a <thing> where <np1> fails to be <adj>. | One can <verb> <m_obj> by a <adj> <noun>, at the cost of <np>.
+    | The converse fails: take <m_obj> with <m_rel>. | Readers familiar with <adj> <nouns> will recognise <ref>.
+    | Over <m_obj> this is the <thing> of <cite> on <coin> <nouns>. | The <noun> of <m_obj> has been computed for $<n>\leq <int>$.
+    | No <thing> is known for $<n>=<digit>$. | Replacing <m_obj> by <m_obj> gives a <thing> for <coin> <nouns>.
 """),
     "cs": _rules(r"""
-special: We implemented the <noun> in <int> lines of code and ran it on <int> <nouns>. | The <noun> takes time <m_cost> and space <m_cost>. | Table~\ref{<tab>} reports the mean over <int> runs. | On the <adj> <nouns>, our <noun> is <dec>\% better than the <noun> of <cite>. | The baseline needs <int> <nouns>, while ours needs <int>. | Accuracy drops by <dec>\% once the <noun> is removed. | Training stops after <int> steps with a <noun> size of <int>. | In the worst case the <noun> visits <m_cost> <nouns>. | The <mod> <noun> is NP-hard to approximate within <m_cost>. | We tuned the <noun> on held-out <nouns> and fixed it for all <things>. | Each <noun> sends at most <m_cost> <nouns> in every round. | Figure~\ref{<fig>} shows how the <noun> grows with <m_idx>.
+special: We implemented the <noun> in <int> lines of code and ran it on <int> <nouns>. | The <noun> takes time <m_cost> and space <m_cost>.
+    | Table~\ref{<tab>} reports the mean over <int> runs. | On the <adj> <nouns>, our <noun> is <dec>\% better than the <noun> of <cite>.
+    | The baseline needs <int> <nouns>, while ours needs <int>. | Accuracy drops by <dec>\% once the <noun> is removed.
+    | Training stops after <int> steps with a <noun> size of <int>. | In the worst case the <noun> visits <m_cost> <nouns>.
+    | The <mod> <noun> is NP-hard to approximate within <m_cost>. | We tuned the <noun> on held-out <nouns> and fixed it for all <things>.
+    | Each <noun> sends at most <m_cost> <nouns> in every round. | Figure~\ref{<fig>} shows how the <noun> grows with <m_idx>.
+    | The source of our <noun> is available on request. | All <things> were run on one core with <int>~GB of memory.
+    | Compared with <cite>, we use <int> times fewer <nouns>. | The <noun> is <coin> after <int> rounds.
+    | An ablation shows that the <noun> accounts for <dec>\% of the gain. | We split the <nouns> into <int> for training and <int> for testing.
+    | The median latency of a <noun> is <dec>~ms. | Any <coin> <noun> can be simulated with <m_cost> overhead.
+    | The gap between <adj> and <adj> <nouns> is <dec> points.
 """),
+}
+
+# %% ../../nbs/corpus/01_miniature.ipynb #915e8709
+_SPECIAL |= {
     "physics": _rules(r"""
-special: At leading order the <noun> is given by <m_rel>. | The <noun> mass is <dec>~GeV, in agreement with <cite>. | In the limit <m_lim> the <noun> becomes <adj>. | For <m_lim> we find <m_rel>, up to corrections of order <m_cost>. | The <noun> of the <adj> <noun> is bounded by <dec>~TeV at <int>\% confidence level. | Figure~\ref{<fig>} shows the <noun> as a function of <m_idx>. | The contribution of the <adj> <noun> is suppressed by <m_cost>. | Integrating out the <adj> <noun> yields <m_rel>. | The uncertainty is dominated by the <noun> and amounts to <dec>\%. | Under the <eponym> transformation the <noun> picks up a phase. | Table~\ref{<tab>} lists the <nouns> at <int> benchmark points. | Unitarity requires <m_rel>.
+special: At leading order the <noun> is given by <m_rel>. | The <noun> mass is <dec>~GeV, in agreement with <cite>.
+    | In the limit <m_lim> the <noun> becomes <adj>. | For <m_lim> we find <m_rel>, up to corrections of order <m_cost>.
+    | The <noun> of the <adj> <noun> is bounded by <dec>~TeV at 9<digit>\% confidence level.
+    | Figure~\ref{<fig>} shows the <noun> as a function of <m_idx>. | The contribution of the <adj> <noun> is suppressed by <m_cost>.
+    | Integrating out the <adj> <noun> yields <m_rel>. | The uncertainty is dominated by the <noun> and amounts to <dec>\%.
+    | Under the <eponym> transformation the <noun> picks up a phase. | Table~\ref{<tab>} lists the <nouns> at <int> benchmark points.
+    | Unitarity requires <m_rel>. | The coupling $<c>$ runs to <dec> at <int>~GeV. | A scan over <int> points shows that <m_rel> is preferred.
+    | The <noun> vanishes on-shell because of the <eponym> identity. | A fit to the <nouns> gives $<c>=<dec>\pm <dec>$.
+    | The <coin> phase is separated from the <adj> phase by a <noun>. | In $<digit>$ dimensions the <noun> is <coin>.
+    | For a <noun> of <dec>~TeV the <nouns> decouple. | The <adj> <noun> carries charge $<digit>/3$. | After <int> e-folds the <noun> is negligible.
 """),
     "stat": _rules(r"""
-special: The <noun> attains the rate <m_cost> up to logarithmic factors. | With probability at least $1-\delta$ we have <m_rel>. | In a simulation with $n=<int>$ and <int> replications the coverage was <dec>\%. | Table~\ref{<tab>} reports bias and <noun> for <int> <nouns>. | The <noun> is tuned by cross-validation over <int> folds. | Under the null, the <noun> converges to a <eponym> <noun>. | The data set has <int> observations of <int> <nouns>. | Figure~\ref{<fig>} compares the <noun> with the <adj> <noun>. | When the <noun> is <adj>, the <eponym> bound is attained. | The <noun> is sensitive to <nouns>, as the <noun> shows.
+special: The <noun> attains the rate <m_cost> up to logarithmic factors. | With probability at least $1-\delta$ we have <m_rel>.
+    | In a simulation with $n=<int>$ and <int> replications the coverage was <dec>\%. | Table~\ref{<tab>} reports bias and <noun> for <int> <nouns>.
+    | The <noun> is tuned by cross-validation over <int> folds. | Under the null, the <noun> converges to a <eponym> <noun>.
+    | The data set has <int> observations of <int> <nouns>. | Figure~\ref{<fig>} compares the <noun> with the <adj> <noun>.
+    | When the <noun> is <adj>, the <eponym> bound is attained. | The <noun> is sensitive to <nouns>, as the <noun> shows.
+    | The <coin> <noun> needs only <m_cost> operations. | We analyse <int> <nouns> recorded over <int> days.
+    | Its mean squared error is <dec>, against <dec> for the <adj> <noun>. | The <noun> was repeated <int> times with new <nouns>.
+    | The bias is of order <m_cost> and the variance of order <m_cost>. | At level $<dec>$ the <noun> is rejected in <int> of 1000 cases.
+    | Heavy tails make the <noun> <adj>, but not <coin>.
 """),
 }
 
@@ -179,50 +329,76 @@ _SYMBOLS = {
     "y": r"y z w t q s \zeta b", "k": r"m N k n_0 \ell D", "d": r"d \nu \omega \epsilon \delta \theta C",
 }
 
-# %% ../../nbs/corpus/01_miniature.ipynb #1559621f
+# %% ../../nbs/corpus/01_miniature.ipynb #655e69f3
 _FORMULAS = _rules(r"""
 m_obj: $<X>$ | $<F>$ | $<G>$ | $<x>$ | $<F>_{<n>}$ | $<F>\colon <X>\to <G>$ | $<obj>$ | $<G>(<X>)$
 m_in: $<x>\in <X>$ | $<n>\geq <digit>$ | $<c>>0$ | $<n>\in\N$ | $<c>\in <N>$ | $<x>,<y>\in <X>$ | $<F>\in <G>(<X>)$ | $1\leq <n>\leq <k>$
 m_idx: $<n>$ | $<k>$ | $<c>$ | $\norm{<x>}$
 m_rel: $<rel>$ | $<rel>$ | $<term> <cmp> <term>$
 m_lim: $<c>\to 0$ | $<n>\to\infty$ | $<c>\ll 1$ | $<c>\gg <d>$
-m_cost: $O(<n>)$ | $O(<n>\log <n>)$ | $O(<n>^{<digit>})$ | $<c>^{<digit>}$ | $O(<n><k>)$ | $\tilde O(<n>^{1/<digit>})$ | $2^{O(<n>)}$ | $<n>^{-<digit>/(<digit>+<k>)}$
+m_cost: $O(<n>)$ | $O(<n>\log <n>)$ | $O(<n>^{<digit>})$ | $<c>^{<digit>}$ | $O(<n> <k>)$ | $\tilde O(<n>^{1/<digit>})$ | $2^{O(<n>)}$
+    | $<n>^{-<digit>/(<digit>+<k>)}$
 cmp: = | \leq | = | \geq | < | \subseteq | \cong | \sim | \to | \neq
 obj: <X>_{<n>} | <X>\times <G> | <F>(<x>) | <X>/<G> | \overline{<X>} | \Hom(<X>,<G>) | <F>^{-1}(<G>) | <X>\setminus\{<x>\}
-term: <F>(<x>) | <c> | <F>_{<n>} | <n>+1 | \norm{<F>(<x>)} | <c> <F>(<x>) | <F>(<x>)+<F>(<y>) | <X>_{<n>} | \frac{<term>}{<n>} | <x>^{<digit>} | <c>^{<n>} | \inner{<x>}{<y>} | \abs{<term>} | <F>(<x>,<y>) | (<n>-<digit>)<c> | \frac{<digit>}{<digit>}<c> | <G>_{<n>}(<x>) | \sqrt{<term>} | \lim_{<n>\to\infty}<F>_{<n>}(<x>)
-rel: <F>(<x>)=<term> | <F>_{<n>+1}=<term> | \norm{<F>(<x>)-<F>(<y>)}\leq <c>\norm{<x>-<y>} | <n>\geq <k> | <X>\subseteq <G> | <c><d> | <obj>\cong <obj> | <term>\leq <c> <term> | <F>(<X>)=<G> | <x>\in <obj> | <c>\leq <d> | <F>\circ <F>_{<n>}=<F> | <term>=0
+term: <F>(<x>) | <c> | <F>_{<n>} | <n>+1 | \norm{<F>(<x>)} | <c> <F>(<x>) | <F>(<x>)+<F>(<y>) | <X>_{<n>} | \frac{<term>}{<n>} | <x>^{<digit>}
+    | <c>^{<n>} | \inner{<x>}{<y>} | \abs{<term>} | <F>(<x>,<y>) | (<n>-<digit>)<c> | \frac{<digit>}{<digit>}<c> | <G>_{<n>}(<x>) | \sqrt{<term>}
+    | \lim_{<n>\to\infty}<F>_{<n>}(<x>)
+rel: <F>(<x>)=<term> | <F>_{<n>+1}=<term> | \norm{<F>(<x>)-<F>(<y>)}\leq <c>\norm{<x>-<y>} | <n>\geq <k> | <X>\subseteq <G> | <c>\ll <d>
+    | <obj>\cong <obj> | <term>\leq <c> <term> | <F>(<X>)=<G> | <x>\in <obj> | <c>\leq <d> | <F>\circ <F>_{<n>}=<F> | <term>=0
 lhs: <F>(<x>) | <F>_{<n>}(<x>) | \norm{<F>}_{<X>} | <c>_{<n>} | <G>(<X>) | <F>(<x>,<y>)
 """)
 
-# %% ../../nbs/corpus/01_miniature.ipynb #7d844f93
+# %% ../../nbs/corpus/01_miniature.ipynb #28776c9a
 _DISPLAYS = {
     "math": _rules(r"""
-display: <lhs>=\sum_{<n>=0}^{\infty}<c>_{<n>}<x>^{<n>} | <lhs>=\int_{<X>}<F>(<x>)\,d<x> | 0\to <X>\to <obj>\to <G>\to 0 | \norm{<F>(<x>)}\leq <c>\left(\sum_{<n>=1}^{<k>}\abs{<x>_{<n>}}^{<digit>}\right)^{1/<digit>} | <lhs>=\bigoplus_{<n>\in\Z}<G>_{<n>}(<X>) | \sup_{<x>\in <X>}\abs{<term>}\leq <term> | \Hom(<X>,<G>)\cong\prod_{<n>\geq <digit>}<obj> | \partial_t <F>=\Delta <F>+<c> <F>^{<digit>} | \chi(<X>)=\sum_{<n>}(-1)^{<n>}\dim <G>_{<n>}(<X>) | <lhs>\leq <term>+<term> | <F>^{*}<G>=<term>\otimes <obj> | \lim_{<n>\to\infty}\frac{1}{<n>}\log <F>_{<n>}(<x>)=<c>
+display: <lhs>=\sum_{<n>=0}^{\infty}<c>_{<n>}<x>^{<n>} | <lhs>=\int_{<X>}<F>(<x>)\,d<x> | 0\to <X>\to <obj>\to <G>\to 0
+    | \norm{<F>(<x>)}\leq <c>\left(\sum_{<n>=1}^{<k>}\abs{<x>_{<n>}}^{<digit>}\right)^{1/<digit>} | <lhs>=\bigoplus_{<n>\in\Z}<G>_{<n>}(<X>)
+    | \sup_{<x>\in <X>}\abs{<term>}\leq <term> | \Hom(<X>,<G>)\cong\prod_{<n>\geq <digit>}<obj> | \partial_t <F>=\Delta <F>+<c> <F>^{<digit>}
+    | \chi(<X>)=\sum_{<n>}(-1)^{<n>}\dim <G>_{<n>}(<X>) | <lhs>\leq <term>+<term> | <F>^{*}<G>=<term>\otimes <obj>
+    | \lim_{<n>\to\infty}\frac{1}{<n>}\log <F>_{<n>}(<x>)=<c>
 """),
     "cs": _rules(r"""
-display: T(<n>)=<digit>T(<n>/<digit>)+O(<n>\log <n>) | <lhs>=\argmin_{<x>\in <X>}\left\{<F>(<x>)+<c>\norm{<x>}^{2}\right\} | \Pr[<F>(<x>)\neq <F>(<y>)]\leq <c>^{-<n>} | <x>_{<n>+1}=<x>_{<n>}-<c>\nabla <F>(<x>_{<n>}) | \mathcal{L}(<c>)=-\frac{1}{<k>}\sum_{<n>=1}^{<k>}\log p_{<c>}(<y>_{<n>}\mid <x>_{<n>}) | \sum_{<x>\in <X>}<F>(<x>)\leq <digit>\cdot\mathrm{OPT} | <lhs>=\mathrm{softmax}\left(\frac{QK^{\top}}{\sqrt{<d>}}\right)V | \max_{<x>\in <X>}<F>(<x>)\quad\text{subject to}\quad <term>\leq <c> | \mathrm{E}[<F>(<x>)]=\sum_{<n>}<c>_{<n>}<F>_{<n>}(<x>) | \abs{<X>}\leq 2^{<n>}\cdot <k>^{<digit>} | <lhs>=\begin{cases}<term> & \text{if } <rel>,\\ <term> & \text{otherwise}\end{cases}
+display: T(<n>)=<digit>T(<n>/<digit>)+O(<n>\log <n>) | <lhs>=\argmin_{<x>\in <X>}\left\{<F>(<x>)+<c>\norm{<x>}^{2}\right\}
+    | \Pr[<F>(<x>)\neq <F>(<y>)]\leq <c>^{-<n>} | <x>_{<n>+1}=<x>_{<n>}-<c>\nabla <F>(<x>_{<n>})
+    | \mathcal{L}(<c>)=-\frac{1}{<k>}\sum_{<n>=1}^{<k>}\log p_{<c>}(<y>_{<n>}\mid <x>_{<n>}) | \sum_{<x>\in <X>}<F>(<x>)\leq <digit>\cdot\mathrm{OPT}
+    | <lhs>=\mathrm{softmax}\left(\frac{QK^{\top}}{\sqrt{<d>}}\right)V | \max_{<x>\in <X>}<F>(<x>)\quad\text{subject to}\quad <term>\leq <c>
+    | \mathrm{E}[<F>(<x>)]=\sum_{<n>}<c>_{<n>}<F>_{<n>}(<x>) | \abs{<X>}\leq 2^{<n>}\cdot <k>^{<digit>}
+    | <lhs>=\begin{cases}<term> & \text{if } <rel>,\\ <term> & \text{otherwise}\end{cases}
 """),
     "physics": _rules(r"""
-display: \mathcal{L}=-\frac14 F_{\mu\nu}F^{\mu\nu}+\bar\psi(i\gamma^{\mu}D_{\mu}-<c>)\psi | S=\int d^{<digit>}x\,\sqrt{-g}\left(R-<digit><d>\,\partial_{\mu}<F>\partial^{\mu}<F>\right) | <lhs>=\frac{<c>^{<digit>}}{16\pi^{2}}\int_{0}^{1}dx\,\log\frac{<c>^{2}}{<d>^{2}} | [<F>_{<n>},<F>_{<k>}]=(<n>-<k>)<F>_{<n>+<k>}+\frac{c}{12}<n>(<n>^{2}-1)\delta_{<n>+<k>,0} | \langle <F>(<x>)<F>(<y>)\rangle=\frac{<c>}{\abs{<x>-<y>}^{2\Delta}} | \frac{d<c>}{d\log\mu}=-<digit>\frac{<c>^{<digit>}}{16\pi^{2}}+O(<c>^{5}) | i\hbar\,\partial_{t}\psi=\left(-\frac{\hbar^{2}}{2m}\nabla^{2}+<F>(<x>)\right)\psi | ds^{2}=-<F>(r)\,dt^{2}+\frac{dr^{2}}{<F>(r)}+r^{2}d\Omega^{2} | Z=\int\mathcal{D}<F>\,e^{-S[<F>]/<c>} | \Gamma(<x>\to <y>)=\frac{<c>^{<digit>}m^{<digit>}}{<digit>\pi}\left(1-\frac{m^{2}}{M^{2}}\right)^{1/2} | \sigma=<dec>\pm <dec>\ \mathrm{pb} | <lhs>=\mathrm{Tr}\left(\rho\,<F>_{<n>}\right)
+display: \mathcal{L}=-\frac14 F_{\mu\nu}F^{\mu\nu}+\bar\psi(i\gamma^{\mu}D_{\mu}-<c>)\psi
+    | S=\int d^{<digit>}x\,\sqrt{-g}\left(R-<digit><d>\,\partial_{\mu}<F>\partial^{\mu}<F>\right)
+    | <lhs>=\frac{<c>^{<digit>}}{16\pi^{2}}\int_{0}^{1}dx\,\log\frac{<c>^{2}}{<d>^{2}}
+    | [<F>_{<n>},<F>_{<k>}]=(<n>-<k>)<F>_{<n>+<k>}+\frac{c}{12}<n>(<n>^{2}-1)\delta_{<n>+<k>,0}
+    | \langle <F>(<x>)<F>(<y>)\rangle=\frac{<c>}{\abs{<x>-<y>}^{2\Delta}} | \frac{d<c>}{d\log\mu}=-<digit>\frac{<c>^{<digit>}}{16\pi^{2}}+O(<c>^{5})
+    | i\hbar\,\partial_{t}\psi=\left(-\frac{\hbar^{2}}{2m}\nabla^{2}+<F>(<x>)\right)\psi
+    | ds^{2}=-<F>(r)\,dt^{2}+\frac{dr^{2}}{<F>(r)}+r^{2}d\Omega^{2} | Z=\int\mathcal{D}<F>\,e^{-S[<F>]/<c>}
+    | \Gamma(<x>\to <y>)=\frac{<c>^{<digit>}m^{<digit>}}{<digit>\pi}\left(1-\frac{m^{2}}{M^{2}}\right)^{1/2} | \sigma=<dec>\pm <dec>\ \mathrm{pb}
+    | <lhs>=\mathrm{Tr}\left(\rho\,<F>_{<n>}\right)
 """),
     "stat": _rules(r"""
-display: \hat{<c>}=\argmin_{<c>}\frac{1}{n}\sum_{i=1}^{n}\left(y_{i}-<F>(x_{i})\right)^{2}+<d>\norm{<c>}_{1} | \Pr\left(\abs{<F>(<x>)-<c>}>t\right)\leq 2\exp\left(-\frac{nt^{2}}{<digit>\sigma^{2}}\right) | \sqrt{n}(\hat{<c>}-<c>)\to\mathcal{N}(0,\Sigma) | \mathrm{E}\norm{\hat{<F>}-<F>}^{2}\leq <c>\,n^{-<digit>/(<digit>+d)} | p(<c>\mid x)\propto p(x\mid <c>)\,p(<c>) | \hat{<F>}(<x>)=\frac{1}{nh}\sum_{i=1}^{n}K\left(\frac{<x>-x_{i}}{h}\right) | <lhs>=\log\frac{p_{<c>}(x)}{p_{<d>}(x)} | y_{i}=<F>(x_{i})+\epsilon_{i},\quad \epsilon_{i}\sim\mathcal{N}(0,\sigma^{2}) | \mathrm{Var}(<F>(<x>))\geq\frac{1}{I(<c>)} | \sup_{<F>\in <G>}\abs{\mathbb{P}_{n}<F>-P<F>}=O_{P}(n^{-1/2})
+display: \hat{<c>}=\argmin_{<c>}\frac{1}{n}\sum_{i=1}^{n}\left(y_{i}-<F>(x_{i})\right)^{2}+<d>\norm{<c>}_{1}
+    | \Pr\left(\abs{<F>(<x>)-<c>}>t\right)\leq 2\exp\left(-\frac{nt^{2}}{<digit>\sigma^{2}}\right) | \sqrt{n}(\hat{<c>}-<c>)\to\mathcal{N}(0,\Sigma)
+    | \mathrm{E}\norm{\hat{<F>}-<F>}^{2}\leq <c>\,n^{-<digit>/(<digit>+d)} | p(<c>\mid x)\propto p(x\mid <c>)\,p(<c>)
+    | \hat{<F>}(<x>)=\frac{1}{nh}\sum_{i=1}^{n}K\left(\frac{<x>-x_{i}}{h}\right) | <lhs>=\log\frac{p_{<c>}(x)}{p_{<d>}(x)}
+    | y_{i}=<F>(x_{i})+\epsilon_{i},\quad \epsilon_{i}\sim\mathcal{N}(0,\sigma^{2}) | \mathrm{Var}(<F>(<x>))\geq\frac{1}{I(<c>)}
+    | \sup_{<F>\in <G>}\abs{\mathbb{P}_{n}<F>-P<F>}=O_{P}(n^{-1/2})
 """),
 }
 
-# %% ../../nbs/corpus/01_miniature.ipynb #11e0b3b0
-def _compile(alternatives) -> tuple[list, tuple]:
+# %% ../../nbs/corpus/01_miniature.ipynb #052ca031
+def _compile(alternatives, shift: float = 2) -> tuple[list, tuple]:
     "Alternatives with their slots split out, and cumulative weights."
     parts = [re.split(r"<(\w+)>", a) for a in alternatives]
-    return [p[0] if len(p) == 1 else p for p in parts], zipf_weights(len(parts))
+    return [p[0] if len(p) == 1 else p for p in parts], zipf_weights(len(parts), shift)
 
 @lru_cache(None)
 def _grammar(domain: str) -> dict:
     "Slot -> compiled rule, shared by all papers of a domain."
-    rules = {**_PHRASES, **_SENTENCES, **_SPECIAL[domain], **_FORMULAS, **_DISPLAYS[domain]}
-    return {slot: _compile(alternatives) for slot, alternatives in rules.items()}
+    small, flat = {**_PHRASES, **_FORMULAS}, {**_SENTENCES, **_SPECIAL[domain], **_DISPLAYS[domain]}
+    return {**{s: _compile(a) for s, a in small.items()}, **{s: _compile(a, shift=10) for s, a in flat.items()}}
 
-# %% ../../nbs/corpus/01_miniature.ipynb #48a49fff
+# %% ../../nbs/corpus/01_miniature.ipynb #76733d2f
 class Writer:
     "Writes one paper: words, symbols and references follow from its own random numbers."
     def __init__(self,
@@ -234,6 +410,7 @@ class Writer:
             self.rules[slot] = self._topic(_terms(lists[domain]), 1.2)
         self.keys, self.labels = [], {}
         self._choose_symbols()
+        self.rules["coin"] = ([self.expand("prefix") + self.expand("stem"), self.expand("stem")], (0.8, 1.0))
 
     def _choose_symbols(self):
         "One symbol for each role, all different."
@@ -261,11 +438,16 @@ def expand(self: Writer, slot: str) -> str:
     if isinstance(parts, str): return parts
     return "".join([p if i % 2 == 0 else self.expand(p) for i, p in enumerate(parts)])
 
-# %% ../../nbs/corpus/01_miniature.ipynb #8eb16f81
+# %% ../../nbs/corpus/01_miniature.ipynb #a381cb08
+_PLURALS = dict(spectrum="spectra", hypothesis="hypotheses", matrix="matrices", vertex="vertices", index="indices", simplex="simplices",
+                sheaf="sheaves", automaton="automata", phenomenon="phenomena", criterion="criteria", series="series", corpus="corpora", locus="loci")
+
 def plural(noun: str) -> str:
     "The plural of a term, as far as our word lists need it."
-    if noun.endswith(("s", "x", "ch", "sh")): return noun + "es" if noun not in ("axis", "basis") else noun[:-2] + "es"
-    return noun[:-1] + "ies" if noun.endswith("y") and noun[-2] not in "aeiou" else noun + "s"
+    head, space, last = noun.rpartition(" ")
+    if last in _PLURALS: return head + space + _PLURALS[last]
+    if last.endswith(("s", "x", "ch", "sh")): return noun + "es"
+    return noun[:-1] + "ies" if last.endswith("y") and last[-2] not in "aeiou" else noun + "s"
 
 # %% ../../nbs/corpus/01_miniature.ipynb #5466faff
 @patch
@@ -299,13 +481,15 @@ def _fig(self: Writer): return self._label("fig")
 @patch
 def _cite(self: Writer): return r"\cite{%s}" % ",".join(self.rng.sample(self.keys, min(len(self.keys), self.rng.choice((1, 1, 1, 2)))))
 
-# %% ../../nbs/corpus/01_miniature.ipynb #f2deb11a
+# %% ../../nbs/corpus/01_miniature.ipynb #8683f843
+_article = re.compile(r"\b([Aa]) (?=[aeio]|u(?!ni|se|su))")
+
 @patch
 def sentence(self: Writer,
              kind: str,  # motive, aim, plan, fact, step, claim, special, close
             ) -> str:
     "One sentence of a kind."
-    text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", self.expand(kind))
+    text = _article.sub(r"\1n ", self.expand(kind))
     return text[0].upper() + text[1:]
 
 @patch
@@ -346,20 +530,25 @@ def fold_lines(text: str, width: int) -> str:
         else: line = f"{line} {word}" if line else word
     return "\n".join([*lines, line])
 
-# %% ../../nbs/corpus/01_miniature.ipynb #ec2e4edf
+# %% ../../nbs/corpus/01_miniature.ipynb #2eec9bee
 @patch
 def paragraph(self: Writer, kinds: str) -> str:
     "A paragraph with a sentence for each kind, and now and then a comment."
-    text = fold_lines(self.sentences(kinds), self.habits.wrap)
+    text = self.sentences(kinds)
+    if self.rng.random() < 0.04: text = f"{text[:-1]}\\footnote{{{self.sentence('fact')}}}."
+    text = fold_lines(text, self.habits.wrap)
     if self.rng.random() >= self.habits.comments: return text + "\n"
     note = self.rng.choice(("TODO: %s", "%s", "old version: %s", "referee: %s")) % self.sentence(self.rng.choice(("fact", "aim")))
     return f"{text}\n% {note}\n" if self.rng.random() < 0.7 else f"{text} % {note[:40]}\n"
 
-# %% ../../nbs/corpus/01_miniature.ipynb #a2cd1f2d
+# %% ../../nbs/corpus/01_miniature.ipynb #4454f312
 @patch
 def display(self: Writer) -> str:
     "A displayed formula; it is numbered if the paper still has a planned number to give."
     formula = self.expand("display")
+    if self.rng.random() < 0.15:
+        rows = [f"{self.expand('lhs')} &= {self.expand('term')}" for _ in range(self.rng.randint(2, 3))]
+        return "\\begin{align*}\n" + " \\\\\n".join(rows) + ".\n\\end{align*}\n"
     if self.due["eq"] and self.rng.random() < 0.7:
         (begin, end), label = self.habits.equation, self.due["eq"].pop(0)
         return f"{begin}\\label{{{label}}}\n{formula}.\n{end}\n"
@@ -384,7 +573,7 @@ def proof(self: Writer) -> str:
     text = self.paragraph("step "*(steps//2 + 1)) + self.display() + self.paragraph("step "*(steps//2 + 1))
     return f"\\begin{{proof}}\n{text}\\end{{proof}}\n"
 
-# %% ../../nbs/corpus/01_miniature.ipynb #b93153c4
+# %% ../../nbs/corpus/01_miniature.ipynb #63859bc4
 @patch
 def table(self: Writer) -> str:
     "A table of numbers whose caption says what they are."
@@ -392,7 +581,7 @@ def table(self: Writer) -> str:
     head = " & ".join([self._nouns() for _ in range(columns + 1)])
     body = " \\\\\n".join([" & ".join([self.expand("noun"), *(self._dec() for _ in range(columns))]) for _ in range(rows)])
     label = self.due["tab"].pop(0) if self.due["tab"] else "tab:extra"
-    return (f"\\begin{{table}}[t]\n\\centering\n\\caption{{{self.sentence('special')}}}\\label{{{label}}}\n"
+    return (f"\\begin{{table}}[t]\n\\centering\n\\caption{{{self.sentence('caption')}}}\\label{{{label}}}\n"
             f"\\begin{{tabular}}{{l{'c'*columns}}}\n\\hline\n{head} \\\\\n\\hline\n{body} \\\\\n\\hline\n\\end{{tabular}}\n\\end{{table}}\n")
 
 @patch
@@ -400,7 +589,7 @@ def figure(self: Writer) -> str:
     "A figure; its file lies beside the source."
     label = self.due["fig"].pop(0) if self.due["fig"] else "fig:extra"
     return (f"\\begin{{figure}}\n\\includegraphics[width=0.8\\textwidth]{{fig1}}\n"
-            f"\\caption{{{self.sentence('special')} {self.sentence('fact')}}}\n\\label{{{label}}}\n\\end{{figure}}\n")
+            f"\\caption{{{self.sentence('caption')} {self.sentence('fact')}}}\n\\label{{{label}}}\n\\end{{figure}}\n")
 
 # %% ../../nbs/corpus/01_miniature.ipynb #2e33ef2b
 @patch
@@ -429,7 +618,7 @@ def author(self: Writer) -> tuple[str, str]:
     "A placeholder author: family name and initial."
     return self.rng.choice(_SCRIBES), f"{chr(65 + self.rng.randrange(26))}."
 
-# %% ../../nbs/corpus/01_miniature.ipynb #bd9e9a10
+# %% ../../nbs/corpus/01_miniature.ipynb #1f897da5
 @patch
 def title(self: Writer) -> str:
     "The title of a paper."
@@ -437,7 +626,7 @@ def title(self: Writer) -> str:
                                "<eponym> <nouns> and the <noun> of <np1>", "When is a <mod> <noun> <adj>?", "Towards <quality> <nouns>: the <adj> <thing>", "<adj> <nouns> in <mod> <nouns>"))
     parts = re.split(r"<(\w+)>", pattern)
     text = "".join([p if i % 2 == 0 else self.expand(p) for i, p in enumerate(parts)])
-    text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+    text = _article.sub(r"\1n ", text)
     return text[0].upper() + text[1:]
 
 # %% ../../nbs/corpus/01_miniature.ipynb #8f3d1698
@@ -688,7 +877,7 @@ def _trouble(reason: Reason|None = None):
         return f
     return register
 
-# %% ../../nbs/corpus/01_miniature.ipynb #77317b2e
+# %% ../../nbs/corpus/01_miniature.ipynb #b5dcae42
 @_trouble(Reason.no_source)
 def _metadata_only(s, rng, miniature):
     "known from its metadata only"
@@ -705,11 +894,13 @@ def _near_duplicate(s, rng, miniature):
     twin = miniature.healthy_before(s, rng)
     return miniature.twin(s, twin, _change_words(twin.files, rng), similarity="near")
 
+# %% ../../nbs/corpus/01_miniature.ipynb #9edc2232
 @_trouble(Reason.withdrawn)
 def _withdrawn(s, rng, miniature):
     "withdrawn"
     notice = rng.choice(("This paper has been withdrawn by the author due to an error in Lemma 2", "This paper has been withdrawn by the authors",
                          "withdrawn: superseded by a later paper", "This article has been withdrawn because of a crucial sign error in equation 7"))
+    if rng.random() < 0.3: return replace(s, record={**s.record, "comments": None, "abstract": f"  {notice}. {s.record['abstract'].strip()}\n"})
     return replace(s, record={**s.record, "comments": notice})
 
 @_trouble(Reason.truncated)
@@ -718,7 +909,7 @@ def _truncated(s, rng, miniature):
     whole = pack_files(s.files)
     return replace(s, container="damaged", main=None, payload=whole[:len(whole)*rng.randint(2, 8)//10])
 
-# %% ../../nbs/corpus/01_miniature.ipynb #85765e5f
+# %% ../../nbs/corpus/01_miniature.ipynb #c0673fcd
 @_trouble(Reason.exact_duplicate)
 def _exact_duplicate(s, rng, miniature):
     "the same text as an earlier paper"
@@ -735,6 +926,7 @@ def _outside(s, rng, miniature):
     "none of its categories is studied"
     return replace(s, record={**s.record, "categories": " ".join(rng.sample(_OUTSIDE, rng.choice((1, 2))))})
 
+# %% ../../nbs/corpus/01_miniature.ipynb #e34ae07c
 @_trouble(Reason.zero_bytes)
 def _empty(s, rng, miniature):
     "zero bytes"
@@ -750,12 +942,13 @@ def _short_abstract(s, rng, miniature):
     "the abstract has fewer than 20 words, and there is no source to decide"
     return replace(s, container=None, record={**s.record, "abstract": f"  {rng.choice(('See the published version.', 'Lecture notes.', 'We collect a few remarks on the title.'))}\n"})
 
+# %% ../../nbs/corpus/01_miniature.ipynb #039171c9
 @_trouble(Reason.html_only)
 def _html(s, rng, miniature):
     "no TeX source: HTML"
     return replace(s, container="html", main=None, payload=squeeze(b"<!DOCTYPE html>\n<html><head><title>Proceedings</title></head>\n<body><p>Table of contents</p></body></html>\n"))
 
-# %% ../../nbs/corpus/01_miniature.ipynb #fb91c9a2
+# %% ../../nbs/corpus/01_miniature.ipynb #a9033dea
 @_trouble(Reason.no_metadata)
 def _no_record(s, rng, miniature):
     "in a tar, and absent from the snapshot"
@@ -772,6 +965,7 @@ def _binary(s, rng, miniature):
     "binary payload, no TeX"
     return replace(s, container="unknown", main=None, payload=squeeze(rng.randbytes(6000)))
 
+# %% ../../nbs/corpus/01_miniature.ipynb #989c22e5
 @_trouble(Reason.no_tex)
 def _no_tex(s, rng, miniature):
     "a readable archive without a TeX file"
@@ -789,7 +983,7 @@ def _numbers(s, rng, miniature):
     text = f"\\documentclass{{article}}\n\\begin{{document}}\nThe data are as follows.\n\n\\begin{{tabular}}{{rrrrrrrr}}\n{rows}\n\\end{{tabular}}\n\\end{{document}}\n"
     return replace(s, files={"main.tex": text.encode()}, main="main.tex", container="gz-tex")
 
-# %% ../../nbs/corpus/01_miniature.ipynb #69d31d32
+# %% ../../nbs/corpus/01_miniature.ipynb #882065e1
 @_trouble(Reason.repeated_lines)
 def _repeated(s, rng, miniature):
     "a few lines over and over"
@@ -808,6 +1002,7 @@ def _dvi(s, rng, miniature):
     "no TeX source: DVI"
     return replace(s, container="dvi", main=None, payload=squeeze(bytes((247, 2, 1, 131, 146, 192, 28, 59, 0, 0)) + b" TeX output 1999.01.01:0000" + rng.randbytes(400) + b"\xdf"*4))
 
+# %% ../../nbs/corpus/01_miniature.ipynb #54a0605a
 @_trouble(Reason.empty_after_normalization)
 def _invisible(s, rng, miniature):
     "a body of invisible characters"
@@ -819,10 +1014,11 @@ def _bomb(s, rng, miniature):
     "unpacks to far more than any paper"
     return replace(s, container="tar-gz", main=None, payload=bomb())
 
-# %% ../../nbs/corpus/01_miniature.ipynb #8f5f7620
-def squeeze(data: bytes) -> bytes:
-    "A gzip stream without a time stamp."
-    return gzip.compress(data, 6, mtime=0)
+# %% ../../nbs/corpus/01_miniature.ipynb #c6160bb8
+def squeeze(*pieces: bytes) -> bytes:
+    "The pieces as one gzip stream without a time stamp."
+    packer = zlib.compressobj(6, zlib.DEFLATED, 31)  # 31: a window of 2^15 and a gzip header
+    return b"".join([*map(packer.compress, pieces), packer.flush()])
 
 _WHEN = 1_700_000_000  # every member's time, as good as any
 
@@ -855,27 +1051,40 @@ def small_pdf(title: str) -> bytes:
     table = "".join(f"{o:010d} 00000 n \n" for o in offsets)
     return f"{out}xref\n0 6\n0000000000 65535 f \n{table}trailer<</Size 6/Root 1 0 R>>\nstartxref\n{len(out)}\n%%EOF\n".encode()
 
-# %% ../../nbs/corpus/01_miniature.ipynb #3a278f0f
+# %% ../../nbs/corpus/01_miniature.ipynb #ed93deee
 @lru_cache(1)
 def bomb() -> bytes:
-    "A gzipped tar of some 50 kB that unpacks to 48 MB of comments in one TeX file."
-    text = b"\\documentclass{article}\n\\begin{document}\nText.\n" + b"% nothing here\n"*(48*2**20//15)
-    return pack_files({"main.tex": text})
+    "A gzipped tar of some kilobytes that unpacks to 49 MB of comments in one TeX file."
+    head, comments, times = b"\\documentclass{article}\n\\begin{document}\nText.\n", b"% nothing here..\n"*2**16, 44
+    info = tarfile.TarInfo("main.tex")
+    info.size, info.mtime = len(head) + times*len(comments), _WHEN
+    return squeeze(info.tobuf(tarfile.USTAR_FORMAT), head, *[comments]*times, bytes(-info.size % 512 + 1024))
 
-# %% ../../nbs/corpus/01_miniature.ipynb #8ae2d820
+# %% ../../nbs/corpus/01_miniature.ipynb #dc559fe0
 _FRENCH = _rules(r"""
-s: Soit $X$ un <a> <n> muni d'une <f> continue. | On montre que tout <n> <a> admet une unique <f>. | Dans cet article, nous étudions les propriétés des <n>s <a>s. | Il en résulte que la <f> est bornée sur chaque <n>. | La démonstration repose sur un argument de récurrence, comme dans le cas <a>. | Nous remercions le rapporteur pour ses remarques sur la <f>. | Supposons maintenant que le <n> ne soit pas <a>; alors la <f> s'annule. | Cette <f> ne dépend pas du choix de la base, ce qui achève la preuve. | Le résultat suivant, bien connu pour un <n> <a>, est nouveau en général. | Pour tout entier $n$, on note $a_n$ la <f> associée au <n>. | D'après le lemme précédent, chaque <n> possède une <f> <f2>. | Réciproquement, donnons-nous une <f> et cherchons le <n> qui la porte.
+s: Soit $X$ un <a> <n> muni d'une <f> continue. | On montre que tout <n> <a> admet une unique <f>.
+    | Dans cet article, nous étudions les propriétés des <n>s <a>s. | Il en résulte que la <f> est bornée sur chaque <n>.
+    | La démonstration repose sur un argument de récurrence, comme dans le cas <a>. | Nous remercions le rapporteur pour ses remarques sur la <f>.
+    | Supposons maintenant que le <n> ne soit pas <a>; alors la <f> s'annule. | Cette <f> ne dépend pas du choix de la base, ce qui achève la preuve.
+    | Le résultat suivant, bien connu pour un <n> <a>, est nouveau en général. | Pour tout entier $n$, on note $a_n$ la <f> associée au <n>.
+    | D'après le lemme précédent, chaque <n> possède une <f> <f2>. | Réciproquement, donnons-nous une <f> et cherchons le <n> qui la porte.
 n: groupe | espace | corps | faisceau | domaine | polynôme | champ | module | réseau
 a: compact | fini | régulier | libre | complet | local | connexe | intègre
 f: fonction | mesure | application | forme | représentation | norme | structure
 f2: positive | finie | continue | exacte | minimale
 """)
 _GERMAN = _rules(r"""
-s: Sei $X$ ein <a>er Raum und $f$ eine <f> auf ihm. | Wir zeigen, dass jede <f> durch ihre Werte auf dem Rand bestimmt ist. | In dieser Arbeit untersuchen wir die Eigenschaften der <f> und ihrer Verallgemeinerungen. | Daraus folgt sofort, dass die <f> beschränkt ist. | Der Beweis beruht auf vollständiger Induktion nach der Länge der <f>. | Für den <a>en Fall verweisen wir auf die Literatur. | Nach dem vorigen Satz gibt es eine <f>, die diese Bedingung erfüllt. | Umgekehrt ist jede <a>e <f> von dieser Gestalt. | Wir danken dem Gutachter für seine Hinweise zur <f>. | Es bleibt zu zeigen, dass die <f> nicht von der Wahl der Basis abhängt. | Die Behauptung ist für <a>e Räume wohlbekannt. | Man beachte, dass $f(x)$ für alle $x$ aus der <f> positiv ist.
+s: Sei $X$ ein <a>er Raum und $f$ eine <f> auf ihm. | Wir zeigen, dass jede <f> durch ihre Werte auf dem Rand bestimmt ist.
+    | In dieser Arbeit untersuchen wir die Eigenschaften der <f> und ihrer Verallgemeinerungen. | Daraus folgt sofort, dass die <f> beschränkt ist.
+    | Der Beweis beruht auf vollständiger Induktion nach der Länge der <f>. | Für den <a>en Fall verweisen wir auf die Literatur.
+    | Nach dem vorigen Satz gibt es eine <f>, die diese Bedingung erfüllt. | Umgekehrt ist jede <a>e <f> von dieser Gestalt.
+    | Wir danken dem Gutachter für seine Hinweise zur <f>. | Es bleibt zu zeigen, dass die <f> nicht von der Wahl der Basis abhängt.
+    | Die Behauptung ist für <a>e Räume wohlbekannt. | Man beachte, dass $f(x)$ für alle $x$ aus der <f> positiv ist.
 a: kompakt | endlich | regulär | frei | vollständig | lokal | zusammenhängend
 f: Funktion | Abbildung | Darstellung | Gruppe | Folge | Menge | Gleichung | Näherung
 """)
 
+# %% ../../nbs/corpus/01_miniature.ipynb #030f9ae3
 def _foreign_paper(rng: random.Random) -> str:
     "A paper in French or German, in UTF-8."
     writer = Writer(rng, "math")
@@ -907,7 +1116,7 @@ def _in_accents(content: bytes, encoding: str) -> bytes:
     for tex, character in _ACCENTS.items(): text = text.replace(tex, character)
     return text.replace("\\section*{Ack", "Naïve façades are treated in the thesis of Bézier.\n\n\\section*{Ack", 1).encode(encoding)
 
-# %% ../../nbs/corpus/01_miniature.ipynb #467e9684
+# %% ../../nbs/corpus/01_miniature.ipynb #8af8c486
 @_trouble()
 def _latin_1(s, rng, miniature):
     "Latin-1, declared: decoded"
@@ -929,6 +1138,7 @@ def _decoy(s, rng, miniature):
     quote = lambda b: b.replace(b"\\section*{Ack", b"\\begin{quote}\n" + paragraph + b"\n\\end{quote}\n\n\\section*{Ack", 1)
     return _edit_main(s, quote, truth=dict(quotes=other.id))
 
+# %% ../../nbs/corpus/01_miniature.ipynb #6d550083
 @_trouble()
 def _nul_bytes(s, rng, miniature):
     "a few NUL bytes: removed"
@@ -939,7 +1149,7 @@ def _windows_lines(s, rng, miniature):
     "lines end in CR LF"
     return _edit_main(s, lambda b: b.replace(b"\n", b"\r\n"))
 
-# %% ../../nbs/corpus/01_miniature.ipynb #f6587efb
+# %% ../../nbs/corpus/01_miniature.ipynb #f537fe74
 @_trouble()
 def _short_abstract_with_source(s, rng, miniature):
     "a short abstract, and a source that decides"
@@ -959,6 +1169,7 @@ def _old_latex(s, rng, miniature):
     "LaTeX 2.09"
     return _edit_main(s, lambda b: re.sub(rb"\\documentclass\[[^]]*\]\{[^}]*\}", rb"\\documentstyle[12pt]{article}", b, count=1))
 
+# %% ../../nbs/corpus/01_miniature.ipynb #91a0f649
 @_trouble()
 def _escaping_member(s, rng, miniature):
     "a member wants to be written outside its folder: refused"
@@ -970,7 +1181,7 @@ def _twins(s, rng, miniature):
     twins = {"/".join([*p.split("/")[:-1], "._" + p.split("/")[-1]]): b"\0\x05\x16\x07\0\x02\0\0Mac OS X" + bytes(40) for p in s.files}
     return replace(s, files={**twins, **s.files}, container="tar-gz")
 
-# %% ../../nbs/corpus/01_miniature.ipynb #e522ed41
+# %% ../../nbs/corpus/01_miniature.ipynb #9e9f4f72
 @_trouble()
 def _circular_input(s, rng, miniature):
     "two files include each other: the cycle is cut"
@@ -987,6 +1198,7 @@ def _byte_order_mark(s, rng, miniature):
     "UTF-8 with a byte order mark"
     return _edit_main(s, lambda b: _in_accents(b, "utf-8-sig"))
 
+# %% ../../nbs/corpus/01_miniature.ipynb #8c358dd5
 @_trouble()
 def _windows_1252(s, rng, miniature):
     "Windows-1252, not declared: decoded"
@@ -1141,12 +1353,14 @@ def write(self: Miniature, out: Path) -> dict:  # counts
     (out/"src"/"arXiv_src_manifest.xml").write_text(manifest_xml(entries), encoding="utf-8")
     return dict(counts, tars=len(entries), tar_bytes=sum(e["size"] for e in entries))
 
-# %% ../../nbs/corpus/01_miniature.ipynb #0693f358
+# %% ../../nbs/corpus/01_miniature.ipynb #3f68c110
 def write_miniature(out: Path,                    # folder to write; must not exist
                     n_papers: int = 400,          # rows the ledger will have
                     seed: int = 0,
                     papers_per_tar: int|None = None,  # at most; None: 100, and four tars at least
                    ) -> dict:                     # papers, records, members, kept, dropped, tex_bytes, tars, tar_bytes
     "Write a miniature arXiv; the same arguments give the same bytes. Errors: StudyError where `out` exists or a number is no number of papers."
-    if n_papers < 1 or (papers_per_tar or 1) < 1: raise StudyError(f"a miniature of {n_papers} papers in tars of {papers_per_tar} is not possible; ask for at least 1", code=2)
+    if n_papers < 1: raise StudyError(f"a miniature of {n_papers} papers is not possible; ask for at least 1", code=2)
+    if papers_per_tar is not None and not 1 <= papers_per_tar <= 3000:  # ids of a month have four digits
+        raise StudyError(f"tars of {papers_per_tar} papers are not possible; choose 1 to 3000", code=2)
     with whole_folder(Path(out)) as temporary: return Miniature(seed, Layout(n_papers, papers_per_tar)).write(temporary)
