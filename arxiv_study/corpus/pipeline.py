@@ -10,7 +10,7 @@ __all__ = ['TEXT_SCHEMA', 'MIN_DOMAIN', 'CorpusConfig', 'check_config', 'metadat
            'splits_of', 'write_ledger', 'write_text', 'inputs_of', 'corpus_folder', 'usable_cores', 'tasks_by',
            'build_corpus', 'timed', 'do_all', 'assemble', 'manifest_of', 'open_ledger', 'open_text']
 
-# %% ../../nbs/corpus/08_pipeline.ipynb #0b3c0ca7
+# %% ../../nbs/corpus/08_pipeline.ipynb #c5e94108
 import csv, hashlib, io, multiprocessing, os, platform, shutil, signal, sys, threading, time, types
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ import polars as pl
 from fastcore.basics import patch
 
 from .archives import SourceSet, container_of, find_sources, read_source
-from .duplicates import find_duplicates, sketch
+from .duplicates import find_duplicates, sketch, text_hash
 from .latex import LatexRules, extract
 from .ledger import (LEDGER_SCHEMA, REASONS, STUDIED, Reason, Row, Stage, check_conservation,
                                        domain_of, dropped, rows_to_frame)
@@ -38,7 +38,7 @@ from ..progress import Bar
 from ..settings import StudyError
 from ..storage import clear_abandoned, file_sha256, fingerprint, read_json, whole_file, whole_folder, write_json
 
-# %% ../../nbs/corpus/08_pipeline.ipynb #2b8543d5
+# %% ../../nbs/corpus/08_pipeline.ipynb #273f1ea2
 @dataclass(frozen=True)
 class CorpusConfig:
     "What a corpus is made by."
@@ -52,7 +52,7 @@ class CorpusConfig:
     macros: str = "keep" # keep or expand
     archive_policy: str = "lenient" # strict: any oddity of the archive drops the paper
     language_text: str = "prose" # what the language detector sees: prose or raw
-    min_text_bytes: int = QualityRules.min_bytes
+    min_text_bytes: int = QualityRules.min_text_bytes
     near_duplicate_jaccard: float = 0.8
     val_share: float = 0.05 # of the papers of a domain
     test_share: float = 0.05
@@ -67,7 +67,7 @@ def check_config(config:CorpusConfig):
         if getattr(config, name) not in values: raise StudyError(f"corpus setting {name} is {getattr(config, name)!r}; choose one of {', '.join(values)}", code=2)
     if not 0 <= config.val_share + config.test_share < 1: raise StudyError("val_share and test_share of a corpus add up to 1 or more; leave papers to train on", code=2)
 
-# %% ../../nbs/corpus/08_pipeline.ipynb #fb26aad1
+# %% ../../nbs/corpus/08_pipeline.ipynb #c84d55be
 def metadata_rules(c:CorpusConfig)->MetadataRules:
     "The part of a configuration that judges records."
     return MetadataRules(tuple(c.categories), c.match, c.min_abstract_words, c.short_abstract, c.min_year, c.licences)
@@ -78,7 +78,7 @@ def latex_rules(c:CorpusConfig)->LatexRules:
 
 def quality_rules(c:CorpusConfig)->QualityRules:
     "The part that judges texts."
-    return QualityRules(min_bytes=c.min_text_bytes, language_text=c.language_text)
+    return QualityRules(min_text_bytes=c.min_text_bytes, language_text=c.language_text)
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #5c6bb139
 class Judged(msgspec.Struct, frozen=True, array_like=True):
@@ -122,7 +122,7 @@ def read_month(folder:Path, month:str)->dict[str,Judged]: # id -> record; of a r
     decode = msgspec.json.Decoder(Judged).decode
     with open(path, "rb") as lines: return {j.id: j for j in map(decode, lines)}
 
-# %% ../../nbs/corpus/08_pipeline.ipynb #70f834b7
+# %% ../../nbs/corpus/08_pipeline.ipynb #a830086b
 @dataclass(frozen=True)
 class Paper:
     "What is known of a paper once it has gone through the stages of a worker."
@@ -130,7 +130,7 @@ class Paper:
     title: str = ""
     text: str|None = None # None where it was dropped
     formula_density: float = 0.
-    digest: bytes = b"" # of the text, for exact duplicates
+    digest: str = "" # of the text, for exact duplicates
     sketch: np.ndarray|None = None # of the text, for near duplicates
 
 def open_row(paper_id:str, record:Judged|None, payload:bytes, studied:tuple)->Row:
@@ -165,7 +165,7 @@ def to_text(row:Row, files:dict, config:CorpusConfig, clock:Clock)->tuple[Row,st
     if not text: return dropped(row, Reason.empty_after_normalization), ""
     return replace(row, text_bytes=len(text.encode())), text
 
-# %% ../../nbs/corpus/08_pipeline.ipynb #c3618ccf
+# %% ../../nbs/corpus/08_pipeline.ipynb #89a22623
 def take_paper(paper_id:str, record:Judged|None, # None: the snapshot does not know the paper
                payload:bytes, config:CorpusConfig, clock:Clock)->Paper:
     "A paper through the stages metadata, archive, latex, normalize and quality."
@@ -181,10 +181,10 @@ def take_paper(paper_id:str, record:Judged|None, # None: the snapshot does not k
     if row.fate == "dropped": return Paper(row)
     with clock.stage("quality"): reason, signals = judge_text(text, quality_rules(config))
     if reason is not None: return Paper(dropped(row, reason))
-    with clock.stage("duplicates"): sketched = sketch(text)
-    return Paper(row, record.title, text, float(signals["formula_density"]), hashlib.sha256(text.encode()).digest()[:16], sketched)
+    with clock.stage("duplicates"): digest, sketched = text_hash(text), sketch(text)
+    return Paper(row, record.title, text, float(signals["formula_density"]), digest, sketched)
 
-# %% ../../nbs/corpus/08_pipeline.ipynb #5851fe87
+# %% ../../nbs/corpus/08_pipeline.ipynb #5b0ccc14
 @dataclass(frozen=True)
 class Task:
     "A set of sources to be turned into part files."
@@ -200,7 +200,7 @@ class Task:
 
 TEXT_SCHEMA = pl.Schema({"id": pl.String, "title": pl.String, "text": pl.String, "domain": pl.String, "categories": pl.String, "year": pl.Int32,
     "license": pl.String, "split": pl.String, "formula_density": pl.Float64, "n_bytes": pl.Int64})
-_part_schema = pl.Schema({**{k: v for k, v in TEXT_SCHEMA.items() if k != "split"}, "digest": pl.Binary})
+_part_schema = pl.Schema({**{k: v for k, v in TEXT_SCHEMA.items() if k != "split"}, "digest": pl.String})
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #1108454d
 def write_table(path:Path, table:pl.DataFrame, rows_per_group:int=2048):
@@ -381,7 +381,7 @@ def metadata_only(months:Path, # folder of records by month
             if j.id not in seen: rows.append(dropped(open_row(j.id, j, b"", tuple(config.categories)), Reason(j.alone or "no_source")))
     return rows_to_frame(rows)
 
-# %% ../../nbs/corpus/08_pipeline.ipynb #a043c065
+# %% ../../nbs/corpus/08_pipeline.ipynb #779de1a8
 def as_row(record:dict)->Row: # a record of the ledger's table
     "A row of the ledger's table as a `Row`."
     accounts = {k: {e["rule"]: e["n"] for e in record[k]} for k in ("repairs", "removed", "added")}
@@ -389,7 +389,7 @@ def as_row(record:dict)->Row: # a record of the ledger's table
 
 def without_duplicates(ledger:pl.DataFrame, parts:Path, config:CorpusConfig)->tuple[pl.DataFrame,dict]:
     "The ledger with duplicates dropped, and which paper each of them repeats."
-    kept = pl.concat([pl.DataFrame(schema={"id": pl.String, "digest": pl.Binary, "n_bytes": pl.Int64, "task": pl.Int32}),
+    kept = pl.concat([pl.DataFrame(schema={"id": pl.String, "digest": pl.String, "n_bytes": pl.Int64, "task": pl.Int32}),
                       *(pl.read_parquet(p, columns=["id", "digest", "n_bytes"]).with_columns(task=pl.lit(int(p.name[:6]), pl.Int32)) for p in _parts(parts, "text"))]).with_row_index()
     kept = kept.join(ledger.select("id", "task"), on=["id", "task"], how="semi").sort("id")
     if not len(kept): return ledger, {}
