@@ -68,23 +68,23 @@ class ReasonInfo:
     detection: str  # how the stage notices
     example: str    # a case as it occurs
 
-# %% ../../nbs/corpus/00_ledger.ipynb #19ef22c2
+# %% ../../nbs/corpus/00_ledger.ipynb #4ae3a8c8
 _metadata_reasons = {
     Reason.no_metadata: ReasonInfo(Stage.metadata, "The e-print lies in a bulk tar, but the snapshot has no record of it.",
         "the id of the tar member is absent from the metadata snapshot", "a tar that is newer than the snapshot"),
     Reason.no_studied_category: ReasonInfo(Stage.metadata, "None of the paper's categories is studied.",
         "categories are compared as wholes, never by substring", "physics.acc-ph, which contains the letters c and s only by accident"),
-    Reason.abstract_too_short: ReasonInfo(Stage.metadata, "The abstract has too few words to be one.",
-        "words between white space are counted", "See the published version."),
+    Reason.abstract_too_short: ReasonInfo(Stage.metadata, "The abstract has too few words to be one, and there is no source that could decide instead.",
+        "words between white space are counted; the floor can be made to hold for all papers", "See the published version."),
     Reason.withdrawn: ReasonInfo(Stage.metadata, "The authors or arXiv took the paper back.",
-        "the comments or the abstract say so", "This paper has been withdrawn due to an error in Lemma 2"),
+        "the comments say so, or the abstract opens with it; the word in passing does not count", "This paper has been withdrawn due to an error in Lemma 2"),
     Reason.before_year: ReasonInfo(Stage.metadata, "The first version is older than the year asked for.",
         "year of version v1; off by default", "hep-th/9901001 where the first year is 2000"),
     Reason.licence: ReasonInfo(Stage.metadata, "The licence is not among those asked for.",
         "the record's licence address, compared as a whole; off by default", "a record without any licence where CC BY is asked for"),
 }
 
-# %% ../../nbs/corpus/00_ledger.ipynb #9b7a8ba1
+# %% ../../nbs/corpus/00_ledger.ipynb #57708bb8
 _archive_reasons = {
     Reason.no_source: ReasonInfo(Stage.archive, "The paper is known from its metadata only.",
         "no tar and no folder holds a member of that id", "every paper of a month whose tar was not fetched"),
@@ -95,7 +95,7 @@ _archive_reasons = {
     Reason.dvi_only: ReasonInfo(Stage.archive, "Only a DVI file was submitted.", "the payload starts with the DVI preamble bytes F7 02", "a compiled paper"),
     Reason.zero_bytes: ReasonInfo(Stage.archive, "The member is empty.", "nothing is left after decompression", "a member of 0 bytes"),
     Reason.truncated: ReasonInfo(Stage.archive, "The archive ends before it is complete.",
-        "gzip reports an early end or a wrong checksum, or a tar header promises more bytes than there are", "an interrupted upload"),
+        "gzip ends early or its checksum is wrong, or a tar header promises more bytes than there are", "an interrupted upload"),
     Reason.not_text: ReasonInfo(Stage.archive, "The payload is binary and of no known kind.",
         "neither a known signature nor decodable as text", "random bytes in a .gz"),
     Reason.no_tex: ReasonInfo(Stage.archive, "The archive can be read and holds no TeX file.",
@@ -106,7 +106,7 @@ _archive_reasons = {
         "any refused or repaired member counts; off by default", "a latin-1 file, an AppleDouble twin, a link"),
 }
 
-# %% ../../nbs/corpus/00_ledger.ipynb #82654e7d
+# %% ../../nbs/corpus/00_ledger.ipynb #2edc576f
 _text_reasons = {
     Reason.no_main_file: ReasonInfo(Stage.latex, "No file of the e-print starts a document.",
         "no \\documentclass, \\documentstyle, nor a plain TeX file that ends in \\bye", "a tar of macro files only"),
@@ -119,13 +119,13 @@ _text_reasons = {
     Reason.not_english: ReasonInfo(Stage.quality, "The prose is not English.",
         "a language detector on a bounded sample of prose, formulas and commands set aside", "a paper in French"),
     Reason.few_letters: ReasonInfo(Stage.quality, "The text is mostly something else than words.",
-        "share of letters in the text", "a table of numbers in a .tex file"),
+        "share of letters in the prose", "a table of numbers in a .tex file"),
     Reason.repeated_lines: ReasonInfo(Stage.quality, "The text repeats itself.",
-        "share of lines that occur more than once", "generated listings"),
+        "share of the text in lines that were there before", "generated listings"),
     Reason.exact_duplicate: ReasonInfo(Stage.duplicates, "Another paper has the same text.",
-        "equal hash of the text; the smallest id stays", "a paper submitted twice"),
+        "equal hash of the text, white space and capitals aside; one paper stays", "a paper submitted twice"),
     Reason.near_duplicate: ReasonInfo(Stage.duplicates, "Another paper has nearly the same text.",
-        "MinHash of word shingles, Jaccard similarity at or above the threshold", "conference and journal version"),
+        "MinHash of runs of five words, overlap at or above the threshold; the longer paper stays", "conference and journal version"),
     Reason.benchmark_overlap: ReasonInfo(Stage.decontaminate, "The text contains a passage of a benchmark.",
         "word n-grams shared with the benchmark files given; off without them", "a problem of a test set, quoted"),
 }

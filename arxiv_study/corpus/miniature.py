@@ -1279,7 +1279,7 @@ def submission(self: Miniature, paper: int) -> Submission:
     if name is None: return s
     return replace(t := {**TROUBLES, **ODDITIES}[name](s, self._rng(paper, name), self), truth={"planted": name, **t.truth})
 
-# %% ../../nbs/corpus/01_miniature.ipynb #92df43f1
+# %% ../../nbs/corpus/01_miniature.ipynb #5551e2b0
 @patch
 def member(self: Submission) -> tuple[str, bytes]|None:  # name in the bulk tar and payload; None: only metadata
     "What lies in the bulk tar."
@@ -1290,11 +1290,13 @@ def member(self: Submission) -> tuple[str, bytes]|None:  # name in the bulk tar 
 
 @patch
 def truth_line(self: Submission) -> dict:
-    "What `truth.jsonl` says about it."
-    return dict(id=self.id, container=self.container, fate="dropped" if self.reason else "source", why=self.why,
-                stage=REASONS[self.reason].stage.value if self.reason else None, reason=self.reason.value if self.reason else None,
-                main=self.main if self.container in ("tar-gz", "gz-tex") else None, domain=self.domain if self.record else None,
-                files=len(self.files) if self.container in ("tar-gz", "gz-tex") else 0, **{k: v for k, v in self.truth.items() if k != "number"})
+    "What `truth.jsonl` says about it; a paper dropped by its record is not looked into, so it has no main file."
+    stage = REASONS[self.reason].stage.value if self.reason else None
+    sound = self.container in ("tar-gz", "gz-tex")
+    return dict(id=self.id, container=self.container, fate="dropped" if self.reason else "source", why=self.why, stage=stage,
+                reason=self.reason.value if self.reason else None, main=self.main if sound and stage != "metadata" else None,
+                domain=domain_of(self.record["categories"]) if self.record else None, files=len(self.files) if sound else 0,
+                **{k: v for k, v in self.truth.items() if k != "number"})
 
 # %% ../../nbs/corpus/01_miniature.ipynb #8d4a97b4
 def _add(tar: tarfile.TarFile, name: str, payload: bytes|None):
