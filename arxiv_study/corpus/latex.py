@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['CLASS', 'BEGIN_DOCUMENT', 'PLAIN', 'INCLUDES', 'VERBATIM', 'SCAN', 'OWN_VERBATIM', 'OWN_COMMENT', 'COMMENT_LINES',
            'CONTROL_WORD', 'CONDITIONAL', 'ARGUMENT', 'NAME', 'MATH', 'EMPTY_LINE', 'ESCAPED_DOLLAR', 'BLOCKS', 'DRAWS',
-           'ENVIRONMENTS', 'BRACED', 'COMMANDS', 'FIRST', 'BRACES', 'CAPTION', 'TITLE', 'BEGINS', 'RECIPES', 'n_bytes',
-           'escaped', 'resolve', 'included', 'reach', 'named_main', 'find_main', 'choose_main', 'scanner',
-           'comment_span', 'conditional_spans', 'Reader', 'past', 'past_dollar', 'Dollars', 'blocks', 'dollar_end',
-           'block_end', 'split_formulas', 'split_inline', 'inline_end', 'LatexRules', 'Extraction', 'document_scanner',
-           'argument_end', 'captions', 'Cutter', 'preamble_end', 'flatten', 'concatenate', 'released', 'extract']
+           'ENVIRONMENTS', 'BRACED', 'COMMANDS', 'FIRST', 'BRACES', 'CAPTION', 'TITLE', 'BEGINS', 'DEFINE', 'PROGRAM',
+           'STRUCTURE', 'CONTROL_WORDS', 'ONE_TOKEN', 'OPTIONAL', 'PARAMETER', 'RECIPES', 'n_bytes', 'escaped',
+           'resolve', 'included', 'reach', 'named_main', 'find_main', 'choose_main', 'scanner', 'comment_span',
+           'conditional_spans', 'Reader', 'past', 'past_dollar', 'Dollars', 'blocks', 'dollar_end', 'block_end',
+           'split_formulas', 'split_inline', 'inline_end', 'LatexRules', 'Extraction', 'document_scanner',
+           'argument_end', 'captions', 'Cutter', 'preamble_end', 'Macro', 'definition', 'Expander', 'macro_scanner',
+           'substitute', 'expand_macros', 'flatten', 'concatenate', 'released', 'extract']
 
 # %% ../../nbs/corpus/04_latex.ipynb #e4822d62
 import re
@@ -645,7 +647,172 @@ def preamble_end(
         if len(spans) < 20 and (end := argument_end(text, t.end())) and end <= m.start(): spans.append((t.start(), end))
     return m.end(), [s for i, s in enumerate(sorted(spans)) if i == 0 or s[0] >= sorted(spans)[i - 1][1]]
 
-# %% ../../nbs/corpus/04_latex.ipynb #400da36d
+# %% ../../nbs/corpus/04_latex.ipynb #13a6ccc9
+DEFINE = re.compile(r"""\\(?=[rnpDd])(?:(?P<command>(?:re)?newcommand|providecommand|DeclareRobustCommand)\*?\s*(?:\{\s*\\(?P<n1>[a-zA-Z]+)\s*\}|\\(?P<n2>[a-zA-Z]+))\s*(?:\[(?P<args>\d)\]\s*)?(?:\[(?P<default>[^\[\]]{0,300})\]\s*)?
+|def\s*\\(?P<n3>[a-zA-Z]+)\s*(?P<params>(?:\#\d)*)
+|DeclareMathOperator(?P<star>\*?)\s*(?:\{\s*\\(?P<n4>[a-zA-Z]+)\s*\}|\\(?P<n5>[a-zA-Z]+))\s*)(?=\{)""", re.X)
+PROGRAM = re.compile(r"@|\\(?:if|fi\b|else\b|csname|expandafter|futurelet|edef|xdef|catcode|the[^a-z]|begingroup|(?:re|)newcommand|def\b|let\b|input\b|verb\b|global|advance|setcounter|\d)")
+STRUCTURE = frozenset("part chapter section subsection subsubsection paragraph subparagraph title author date maketitle abstract caption item begin end label ref eqref cite citep citet "
+                      "bibliography bibitem footnote proof theorem document input include documentclass usepackage".split())
+
+@dataclass(frozen=True)
+class Macro:
+    "A definition that can be expanded"
+    n_args: int
+    default: str|None # of the first argument, where it is optional
+    body: str
+
+def definition(
+    text:str, # LaTeX
+    m:re.Match, # of DEFINE
+)->tuple: # (name, Macro or None, end)
+    "What a definition defines; None where it can't be expanded"
+    name = m["n1"] or m["n2"] or m["n3"] or m["n4"] or m["n5"]
+    end = argument_end(text, m.end())
+    if end is None: return name, None, m.end()
+    body = text[m.end() + 1:end - 1]
+    if m["n4"] or m["n5"]: body = "\\operatorname%s{%s}" % (m["star"], body)
+    n_args = int(m["args"]) if m["args"] else len(m["params"]) // 2 if m["params"] else 0
+    plain = name not in STRUCTURE and not PROGRAM.search(body) and "##" not in body and all(int(k) <= n_args for k in re.findall(r"#(\d)", body))
+    return name, Macro(n_args, m["default"], body.replace("\\xspace", "")) if plain and n_args < 10 else None, end
+
+# %% ../../nbs/corpus/04_latex.ipynb #63eaa51f
+CONTROL_WORDS = re.compile(r"\\([a-zA-Z@]+)")
+
+@dataclass
+class Expander:
+    "Expands macros in a text; counts the uses expanded and left"
+    macros: dict # name -> Macro
+    names: frozenset # all names to stop at
+    room: int # characters that may be written
+    repairs: Counter
+    removed: Counter
+    added: Counter
+
+    def __post_init__(self):
+        self.bodies, self.failures = {}, 0
+        self.scanner = macro_scanner(tuple(sorted(self.names)[:5000]))
+
+    def body(self,
+        name:str, # a macro
+        active:tuple=(), # macros being expanded
+    )->str|None: # None where it is not to be expanded
+        "The definition of `name` with the macros in it expanded"
+        if name in self.bodies: return self.bodies[name]
+        macro = self.macros.get(name)
+        if macro is None or name in active or len(active) > 30: return None
+        body = self.expand(macro.body, 0, (*active, name))
+        cycle = not {*active, name}.isdisjoint(CONTROL_WORDS.findall(body))
+        self.bodies[name] = body if len(body) <= 20_000 and not cycle else None
+        return self.bodies[name]
+
+@lru_cache(maxsize=256)
+def macro_scanner(
+    names:tuple, # of macros, sorted
+)->re.Pattern:
+    "Stops at the uses of macros, at definitions and at verbatim passages"
+    initials = {}
+    for n in names: initials.setdefault(n[0], []).append(n[1:])
+    words = "|".join(f"{c}(?:{'|'.join(sorted(rest, reverse=True))})" for c, rest in sorted(initials.items())) or "(?!)"
+    verbatim = "|".join(map(re.escape, VERBATIM))
+    return re.compile(rf"\\(?:(?P<name>{words})(?![a-zA-Z@])|begin\s*\{{(?P<verbatim>{verbatim})\}}|verb\*?(?P<delim>[^a-zA-Z*\s]).{{0,300}}?(?P=delim)"
+                      r"|(?P<define>(?:re)?newcommand|providecommand|DeclareRobustCommand|def|DeclareMathOperator)(?![a-zA-Z@]))")
+
+# %% ../../nbs/corpus/04_latex.ipynb #50f4f9a7
+ONE_TOKEN = re.compile(r"\s*(\\[a-zA-Z@]+|\\.|[^\s{}\\#%&])")
+OPTIONAL = re.compile(r"\s*\[([^\[\]]{0,300})\]")
+PARAMETER = re.compile(r"#(\d)")
+
+@patch
+def arguments(self:Expander, text, pos, macro):
+    "The arguments that follow a use, and where they end; None where they are not all there"
+    args = []
+    if macro.default is not None:
+        m = OPTIONAL.match(text, pos)
+        args.append(m[1] if m else macro.default)
+        if m: pos = m.end()
+    while len(args) < macro.n_args:
+        brace = re.compile(r"\s*\{").match(text, pos)
+        m = None if brace else ONE_TOKEN.match(text, pos)
+        end = argument_end(text, brace.end() - 1) if brace and self.failures < 50 else None
+        if brace and end is None: self.failures += 1
+        if not m and end is None: return None, pos
+        args.append(text[brace.end():end - 1] if brace else m[1])
+        pos = end if brace else m.end()
+    return args, pos
+
+def substitute(
+    body:str, # with #1, #2 ...
+    args:list, # what stands for them
+)->str: # the body with its arguments
+    "Put arguments in; a control word never runs into the letter after it"
+    def one(m):
+        arg = args[int(m[1]) - 1] if 0 < int(m[1]) <= len(args) else ""
+        return arg + " " if body[m.end():m.end() + 1].isalpha() and CONTROL_WORD.search(arg) else arg
+    return PARAMETER.sub(one, body)
+
+# %% ../../nbs/corpus/04_latex.ipynb #e8045d60
+@patch
+def expand(self:Expander,
+    text:str, # LaTeX
+    start:int=0, # where to begin
+    active:tuple=(), # macros whose definition this is
+)->str: # from the beginning, with the macros after `start` expanded
+    "Expand the macros in a text; definitions on the way take effect, and stay where they stand"
+    pieces, kept, pos, absent = [], 0, start, set()
+    while m := self.scanner.search(text, pos):
+        pos = m.end()
+        if m.start() and text[m.start() - 1] == "\\" and escaped(text, m.start()): pos = m.start() + 1
+        elif m["verbatim"]: pos = past(text, pos, "\\end{%s}" % m["verbatim"], absent) or pos
+        elif m["define"]: pos = self.define(text, m.start())
+        elif m["name"] and (new := self.use(text, m, active)):
+            pieces += text[kept:m.start()], new[0]
+            if not active: self.removed["macro_uses"] += n_bytes(text[m.start():new[1]]); self.added["macro_expansions"] += n_bytes(new[0])
+            kept = pos = new[1]
+    pieces.append(text[kept:])
+    return "".join(pieces)
+
+@patch
+def use(self:Expander, text, m, active):
+    "(what takes the place of a use, where the use ends), None where it is left"
+    name, body = m["name"], self.body(m["name"], active)
+    args, end = (None, 0) if body is None or len(active) > 30 or self.room < 0 else self.arguments(text, m.end(), self.macros[name])
+    if args is None: self.repairs["macros_left"] += not active; return None
+    new = substitute(body, [self.expand(a, 0, (*active, name)) if "\\" in a else a for a in args])
+    if text[:m.start()][-1:] in ("^", "_") and len(new) > 1: new = "{%s}" % new
+    if CONTROL_WORD.search(new[-50:]) and text[end:end + 1].isalpha(): new += " "
+    self.room -= len(new)
+    self.repairs["macros_expanded"] += not active
+    return new, end
+
+@patch
+def define(self:Expander, text, start):
+    "Take note of a definition; answers where it ends"
+    m = DEFINE.match(text, start)
+    if not m or self.failures >= 50: return start + 4
+    name, macro, end = definition(text, m)
+    if macro is None and end == m.end(): self.failures += 1
+    if m["command"] == "providecommand" and name in self.macros: return end
+    self.macros[name] = macro
+    self.bodies.clear()
+    return end
+
+# %% ../../nbs/corpus/04_latex.ipynb #672009d6
+def expand_macros(
+    text:str, # the joined document
+    start:int, # where its body begins
+    styles:list, # texts of the .sty files that came with the paper
+    repairs:Counter, removed:Counter, added:Counter, # the paper's books, added to
+)->str: # the document, its body with macros expanded
+    "Expand the macros that a paper defines, in its body"
+    names = {m["n1"] or m["n2"] or m["n3"] or m["n4"] or m["n5"] for t in (text, *styles) for m in DEFINE.finditer(t)}
+    e = Expander({}, frozenset(names), 4 * len(text) + 100_000, repairs, removed, added)
+    for source in (*styles, text[:start]):
+        pos = 0
+        while m := DEFINE.search(source, pos): pos = max(m.end(), e.define(source, m.start()))
+    return e.expand(text, start)
+
+# %% ../../nbs/corpus/04_latex.ipynb #91dd464d
 def flatten(
     files:dict, # member path -> text
     main:str, # the main file
@@ -657,8 +824,11 @@ def flatten(
     text, removed, added = "".join(reader.pieces), reader.removed, reader.added
     for path, t in files.items():
         if path not in reader.seen and t: removed["bibliography" if path.endswith(".bbl") else "not_included"] += n_bytes(t)
-    cutter = Cutter(text, rules, removed, added, reader.repairs)
     end, spans = preamble_end(text)
+    if rules.macros == "expand":
+        styles = [t for p, t in sorted(files.items()) if p.endswith((".sty", ".cls")) and p not in reader.seen]
+        text = expand_macros(text, end, styles, reader.repairs, removed, added)
+    cutter = Cutter(text, rules, removed, added, reader.repairs)
     for a, b in spans:
         cutter.cut(cutter.kept, a, "preamble")
         cutter.pieces.append(text[a:b] + "\n\n")
