@@ -154,10 +154,23 @@ def test_duplicates_are_close_and_decoys_are_not(arxiv, truth):
         assert other < t["id"]
 
 def test_memory_does_not_grow_with_the_number_of_papers(tmp_path):
-    "1,000 papers need at most 16 MB more than 100."
+    "600 papers need at most 8 MB more than 60."
     code = "import sys, resource; from arxiv_study.corpus.miniature import write_miniature; write_miniature(sys.argv[1], int(sys.argv[2])); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    peak = [int(subprocess.run([sys.executable, "-c", code, tmp_path/str(n), str(n)], check=True, capture_output=True, text=True).stdout) for n in (100, 1000)]
-    assert peak[1] - peak[0] < 16*1024
+    peak = [int(subprocess.run([sys.executable, "-c", code, tmp_path/str(n), str(n)], check=True, capture_output=True, text=True).stdout) for n in (60, 600)]
+    assert peak[1] - peak[0] < 8*1024
+
+def test_corpus_pipeline_finds_the_truth(arxiv, truth, tmp_path):
+    "Fate, stage, reason, container, main file and domain of every paper, and which paper each copy repeats."
+    from arxiv_study.corpus.pipeline import CorpusConfig, build_corpus, open_ledger
+    build_corpus(arxiv, tmp_path/"corpus", CorpusConfig(), workers=2)
+    ledger = {r["id"]: r for r in open_ledger(tmp_path/"corpus").to_dicts()}
+    assert len(ledger) == len(truth)
+    for t in truth:
+        row = ledger[t["id"]]
+        found = {k: row[k] for k in ("reason", "container", "domain")} | {"main": row["main_file"], "stage": row["stage"] if row["reason"] else None}
+        assert found == {k: t[k] for k in found}, t
+    copies = json.loads((tmp_path/"corpus"/"manifest.json").read_text())["counts"]["duplicates"]
+    assert copies == {t["id"]: t["duplicate_of"] for t in truth if "duplicate_of" in t}
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 25])
 def test_small_numbers(tmp_path, n):
