@@ -1103,7 +1103,7 @@ def _change_words(files: dict[str, bytes], rng: random.Random, n: int = 5) -> di
         text = text[:m.start()] + rng.choice(("modest", "usual", "plain", "remote", "quiet", "second")) + text[m.end():]
     return {**files, path: (head + begin + text + bib + tail).encode()}
 
-# %% ../../nbs/corpus/01_miniature.ipynb #c55be2ae
+# %% ../../nbs/corpus/01_miniature.ipynb #d7b3d392
 def _edit_main(s: Submission, edit, **changes) -> Submission:
     "A submission with its main file changed."
     return replace(s, files={**s.files, s.main: edit(s.files[s.main])}, **changes)
@@ -1114,7 +1114,7 @@ def _in_accents(content: bytes, encoding: str) -> bytes:
     "TeX accents as characters of an encoding, and a line that has some for certain."
     text = content.decode()
     for tex, character in _ACCENTS.items(): text = text.replace(tex, character)
-    return text.replace("\\section*{Ack", "Naïve façades are treated in the thesis of Bézier.\n\n\\section*{Ack", 1).encode(encoding)
+    return text.replace("\\section*{Ack", "The naïve façade is treated à part, as an élite case.\n\n\\section*{Ack", 1).encode(encoding)
 
 # %% ../../nbs/corpus/01_miniature.ipynb #8af8c486
 @_trouble()
