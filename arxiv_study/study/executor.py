@@ -190,14 +190,12 @@ def open_page(namespace:dict # `globals()` of the notebook, right after its para
     run = requested_run(p, runs)
     return Page(run, runs, settings, effective(run, settings, runs), run_folder(settings.workspace, settings.scale, run.id, settings.seed))
 
-# %% ../../nbs/study/01_executor.ipynb #f4587d99
-WRITTEN = ("config.json", "environment.json", "metrics.jsonl", "status.json", "result.json", "checkpoints", "log.txt")
+# %% ../../nbs/study/01_executor.ipynb #ab86458f
+WRITTEN = ("config.json", "environment.json", "metrics.jsonl", "status.json", "result.json", "checkpoints", "model.json", "model.safetensors", "rank-*.log", ".meeting-*")
 
 def clear_run(folder:Path):
     "Remove what an earlier attempt wrote; the notebook stays."
-    for name in WRITTEN:
-        path = Path(folder)/name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in [p for name in WRITTEN for p in Path(folder).glob(name)]: shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 @contextmanager
 def recorded(folder:Path): # of the run
@@ -385,7 +383,7 @@ def execute_study(settings:Settings, only=(), # ids; none for all
     run_all(todo, broken, quiet, say)
     return _finish(settings, runs, select(runs, only), started, say, as_json)
 
-# %% ../../nbs/study/01_executor.ipynb #60bb45c8
+# %% ../../nbs/study/01_executor.ipynb #e96728b6
 def run_all(todo:list, broken:dict, # id -> why its inputs cannot be built
             quiet:bool, say):
     "Execute runs one after the other, and say how each ended."
@@ -401,8 +399,8 @@ def run_all(todo:list, broken:dict, # id -> why its inputs cannot be built
 def ending(folder:Path, run:Run, seed:int, seconds:float)->str:
     "One line on how a run ended."
     status = read_status(folder)
-    if status["state"] != "done": return f"{run.id} failed after {duration(seconds)}: {status['reason']}"
-    bits = read_json(folder/"result.json")["heldout"]["bits_per_byte"]
+    if status["state"] != "done": return f"{run.id} failed after {duration(seconds)}: {str(status['reason']).splitlines()[0]}"
+    bits = (read_json(folder/"result.json")["heldout"] or {}).get("bits_per_byte")
     return f"{run.id} {status['outcome']}  {'–' if bits is None else format(bits, '.3f')} bits per byte  {duration(seconds)}  ({changed(run)})"
 
 # %% ../../nbs/study/01_executor.ipynb #f70a4358

@@ -24,7 +24,7 @@ def read_status(folder:Path # of one run
     path = Path(folder)/"status.json"
     return {"state": "not run", "outcome": None, "reason": None} | (read_json(path) if path.is_file() else {})
 
-# %% ../../nbs/study/02_results.ipynb #8970ba91
+# %% ../../nbs/study/02_results.ipynb #9fb53b2b
 TIMES = ("total_s", "startup_s", "forward_s", "backward_s", "optimizer_s", "communication_s", "wait_s", "checkpoint_s", "evaluate_s")
 SCHEMA = {"run": pl.String, "seed": pl.Int64, "state": pl.String, "outcome": pl.String, "reason": pl.String, "n_params": pl.Int64, "tokens": pl.Int64,
           "bytes": pl.Int64, "steps": pl.Int64, "flops": pl.Float64, "bits_per_byte": pl.Float64, "train_loss": pl.Float64, "unigram_byte_bits": pl.Float64,
@@ -36,7 +36,7 @@ def result_row(folder:Path, # of one run
     "One run as a row; without a result all numbers are empty."
     status, path = read_status(folder), Path(folder)/"result.json"
     r = read_json(path) if path.is_file() and status["state"] == "done" else {}
-    known = {"run": id, "seed": seed, "bits_per_byte": r.get("heldout", {}).get("bits_per_byte"),
+    known = {"run": id, "seed": seed, "bits_per_byte": (r.get("heldout") or {}).get("bits_per_byte"),
              "grad_norm_mean": r.get("grad_norm", {}).get("mean"), "grad_norm_std": r.get("grad_norm", {}).get("std")}
     return {name: r.get("time", {}).get(name) if name in TIMES else status[name] if name in ("state", "outcome", "reason") else known[name] if name in known else r.get(name) for name in SCHEMA}
 
@@ -52,7 +52,7 @@ def load_results(workspace:Path, scale:str, # smoke, desk or paper
     rows = [result_row(run_folder(workspace, scale, id, seed), id, seed) for id in runs for seed in seeds_of(workspace, scale, id)]
     return pl.DataFrame(rows, schema=SCHEMA, strict=False)
 
-# %% ../../nbs/study/02_results.ipynb #96477010
+# %% ../../nbs/study/02_results.ipynb #987cbc5c
 def load_result(workspace:Path, scale:str, id:str, seed:int)->dict|None:
     "A run's whole result, None if it has none."
     path = run_folder(workspace, scale, id, seed)/"result.json"
@@ -64,8 +64,8 @@ def branch_points(workspace:Path, scale:str, runs)->pl.DataFrame: # run, seed, n
     for id in runs:
         for seed in seeds_of(workspace, scale, id):
             if not (r := load_result(workspace, scale, id, seed)): continue
-            ends = [(b["tokens"], b["bits_per_byte"]) for b in r.get("branches", [])] + [(r["tokens"], r["heldout"]["bits_per_byte"])]
-            rows += [(id, seed, r["n_params"], tokens, bits) for tokens, bits in ends]
+            ends = {b["tokens"]: b["bits_per_byte"] for b in r.get("branches", [])} | ({r["tokens"]: r["heldout"]["bits_per_byte"]} if r["heldout"] else {})
+            rows += [(id, seed, r["n_params"], tokens, bits) for tokens, bits in ends.items()]
     schema = {"run": pl.String, "seed": pl.Int64, "n_params": pl.Int64, "n_tokens": pl.Int64, "bits_per_byte": pl.Float64}
     return pl.DataFrame(rows, schema=schema, orient="row")
 
