@@ -378,7 +378,7 @@ def paper_id(name:str # 9901/9901.00002.gz, hep-th9901001.tar.gz, 2101.00001v2
     if m := _old_name.fullmatch(stem): return f"{m[1]}/{m[2]}"
     return stem
 
-# %% ../../nbs/corpus/03_archives.ipynb #1649e4c8
+# %% ../../nbs/corpus/03_archives.ipynb #1b27357e
 def read_bulk_tar(path:Path # arXiv_src_YYMM_NNN.tar
                  )->Iterator[tuple[str,bytes]]: # errors: StudyError names the tar
     "The e-prints in a bulk tar: id and payload, one at a time."
@@ -391,6 +391,8 @@ def read_bulk_tar(path:Path # arXiv_src_YYMM_NNN.tar
                 if not member.isfile() or os.path.basename(member.name).startswith("._"): continue
                 if member.offset_data + member.size > length: raise StudyError(f"{path} ends within {member.name}; {remedy}")
                 yield paper_id(member.name), tar.extractfile(member).read()
+            tar.fileobj.seek(tar.offset) # tarfile takes any broken header for the end
+            if tar.fileobj.read(512).strip(b"\0"): raise StudyError(f"{path} is damaged at byte {tar.offset:,}; {remedy}")
     except (tarfile.TarError, EOFError, ValueError) as e: raise StudyError(f"{path} cannot be read as a tar ({e}); {remedy}") from e
     except OSError as e: raise StudyError(f"{path} cannot be read ({e.strerror or e}); {remedy}") from e
 

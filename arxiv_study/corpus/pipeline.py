@@ -10,7 +10,7 @@ __all__ = ['TEXT_SCHEMA', 'MIN_DOMAIN', 'CorpusConfig', 'check_config', 'metadat
            'splits_of', 'write_ledger', 'write_text', 'inputs_of', 'corpus_folder', 'usable_cores', 'tasks_by',
            'build_corpus', 'timed', 'do_all', 'assemble', 'manifest_of', 'open_ledger', 'open_text']
 
-# %% ../../nbs/corpus/08_pipeline.ipynb #c5e94108
+# %% ../../nbs/corpus/08_pipeline.ipynb #f2a07bda
 import csv, hashlib, io, multiprocessing, os, platform, shutil, signal, sys, threading, time, types
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -24,7 +24,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import polars as pl
-from fastcore.basics import patch
 
 from .archives import SourceSet, container_of, find_sources, read_source
 from .duplicates import find_duplicates, sketch, text_hash
