@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CLASS', 'BEGIN_DOCUMENT', 'PLAIN', 'INCLUDES', 'VERBATIM', 'SCAN', 'OWN_VERBATIM', 'OWN_COMMENT', 'COMMENT_LINES',
            'CONTROL_WORD', 'CONDITIONAL', 'ARGUMENT', 'NAME', 'MATH', 'EMPTY_LINE', 'ESCAPED_DOLLAR', 'BLOCKS', 'DRAWS',
-           'ENVIRONMENTS', 'BRACED', 'COMMANDS', 'FIRST', 'BRACES', 'CAPTION', 'TITLE', 'BEGINS', 'DEFINE', 'PROGRAM',
-           'STRUCTURE', 'CONTROL_WORDS', 'ONE_TOKEN', 'OPTIONAL', 'PARAMETER', 'RECIPES', 'n_bytes', 'escaped',
-           'resolve', 'included', 'reach', 'named_main', 'find_main', 'choose_main', 'scanner', 'comment_span',
-           'conditional_spans', 'Reader', 'past', 'past_dollar', 'Dollars', 'blocks', 'dollar_end', 'block_end',
-           'split_formulas', 'split_inline', 'inline_end', 'LatexRules', 'Extraction', 'document_scanner',
+           'ENVIRONMENTS', 'OPTION', 'ARGUMENTS', 'COMMANDS', 'BRACES', 'CAPTION', 'TITLE', 'BEGINS', 'DEFINE',
+           'PROGRAM', 'STRUCTURE', 'CONTROL_WORDS', 'ONE_TOKEN', 'OPTIONAL', 'PARAMETER', 'RECIPES', 'n_bytes',
+           'escaped', 'resolve', 'included', 'reach', 'named_main', 'find_main', 'choose_main', 'any_of', 'scanner',
+           'comment_span', 'conditional_spans', 'Reader', 'past', 'past_dollar', 'Dollars', 'blocks', 'dollar_end',
+           'block_end', 'split_formulas', 'split_inline', 'inline_end', 'LatexRules', 'Extraction', 'document_scanner',
            'argument_end', 'captions', 'Cutter', 'preamble_end', 'Macro', 'definition', 'Expander', 'macro_scanner',
            'substitute', 'expand_macros', 'flatten', 'concatenate', 'released', 'extract']
 
@@ -121,7 +121,7 @@ def choose_main(
         if roots: return min(roots, key=lambda p: (-sum(len(files[q]) for q in reached[p]), p.count("/"), p)), why
     return None, "no file declares a class or ends a plain TeX document"
 
-# %% ../../nbs/corpus/04_latex.ipynb #5a694593
+# %% ../../nbs/corpus/04_latex.ipynb #73ec2b25
 VERBATIM = ("verbatim", "verbatim*", "Verbatim", "Verbatim*", "BVerbatim", "LVerbatim", "lstlisting", "minted", "alltt", "filecontents", "filecontents*")
 SCAN = r"""\\(?=[bceiIhnpsuv])(?:
   begin\s*\{{(?:(?P<verbatim>{verbatim})|(?P<hidden>{hidden}))\}}
@@ -136,14 +136,28 @@ SCAN = r"""\\(?=[bceiIhnpsuv])(?:
 OWN_VERBATIM = re.compile(r"\\(?:lstnewenvironment|DefineVerbatimEnvironment|newminted|RecustomVerbatimEnvironment)\s*(?:\[[^\]\n]*\])?\s*\{([A-Za-z*]+)\}")
 OWN_COMMENT = re.compile(r"\\excludecomment\s*\{([A-Za-z*]+)\}")
 
+def any_of(
+    words, # literal words
+)->str: # a regular expression
+    "A pattern for any of `words`, as a tree of letters: alternatives are tried one after the other, letters are not"
+    tree = {}
+    for word in words:
+        node = tree
+        for c in word: node = node.setdefault(c, {})
+        node[""] = {}
+    def pattern(node):
+        ways = [re.escape(c) + pattern(n) for c, n in sorted(node.items()) if c]
+        inner = f"(?:{'|'.join(ways)})" if len(ways) > 1 or "" in node and ways else "".join(ways)
+        return inner + "?" if "" in node and ways else inner
+    return pattern(tree) if tree else "(?!)"
+
 @lru_cache(maxsize=64)
 def scanner(
     verbatim:tuple=(), # environments that the paper declares verbatim
     hidden:tuple=(), # environments that the paper declares comments
 )->re.Pattern:
     "The compiled scanner, with a paper's own verbatim and comment environments"
-    names = lambda xs: "|".join(map(re.escape, xs))
-    return re.compile(SCAN.format(verbatim=names(VERBATIM + verbatim), hidden=names(("comment",) + hidden)), re.X)
+    return re.compile(SCAN.format(verbatim=any_of(VERBATIM + verbatim), hidden=any_of(("comment",) + hidden)), re.X)
 
 # %% ../../nbs/corpus/04_latex.ipynb #0eb7036e
 COMMENT_LINES = re.compile(r"(?:[ \t]*%[^\n]*(?:\n|$))+")
@@ -448,7 +462,7 @@ def block_end(text, m, absent):
     end = past(text, m.end(), "\\end{%s}" % m["env"] if m["env"] else "\\]" if m["bracket"] == "[" else "\\)", absent)
     return None if end is None or (m["env"] not in VERBATIM and EMPTY_LINE.search(text, m.end(), end)) else end
 
-# %% ../../nbs/corpus/04_latex.ipynb #4824d3cd
+# %% ../../nbs/corpus/04_latex.ipynb #64df8566
 def split_formulas(
     text:str, # LaTeX
 )->tuple: # (prose, held): prose[0] + held[0] + prose[1] + ... + prose[-1] is the text
@@ -464,6 +478,13 @@ def split_inline(gap, run, prose, held):
     "Take a text without displays apart at its dollar signs; `run` is the prose not yet closed by a formula"
     parts = gap.split("$")
     run.append(parts[0])
+    if len(parts) == 1: return run
+    inner = parts[1::2]
+    if len(parts) % 2 and "\\$" not in gap and not EMPTY_LINE.search("\0".join(inner)): # as good as always
+        prose.append("".join(run))
+        prose += parts[2:-1:2]
+        held += [f"${p}$" for p in inner]
+        return [parts[-1]]
     i, last = 1, len(parts) - 1
     while i <= last:
         end = None if run[-1].endswith("\\") and escaped(run[-1], len(run[-1])) else inline_end(parts, i)
@@ -507,35 +528,36 @@ class Extraction:
     repairs: dict
     reason: Reason|None = None
 
-# %% ../../nbs/corpus/04_latex.ipynb #2bb1d8c9
+# %% ../../nbs/corpus/04_latex.ipynb #f5591ad8
 DRAWS = re.compile(r"\\(?:includegraphics|begin\s*\{(?:tikzpicture|picture|pspicture|pgfpicture|asy)\}|epsf|psfig|tikz(?![a-z]))")
 ENVIRONMENTS = {"figures": ("figure", "figure*", "wrapfigure", "SCfigure", "sidewaysfigure", "teaserfigure", "floatingfigure"),
     "tables": ("table", "table*", "wraptable", "sidewaystable"),
     "graphics": ("tikzpicture", "picture", "pspicture", "pgfpicture", "asy", "feynman", "axis"),
     "bibliography": ("thebibliography",)}
-BRACED = r"\s*(?:\[[^\[\]]{0,300}\]\s*)?\{[^{}]*\}"
-COMMANDS = {"graphics": rf"(?:includegraphics\*?|epsfig|psfig|epsfbox)\s*(?:\[[^\[\]]{{0,300}}\]\s*){{0,2}}\{{[^{{}}]*\}}",
-    "labels": r"label\s*\{[^{}]*\}",
-    "citations": rf"(?:[cC]ite(?:[tp]|alp|alt|author|year|yearpar|al[tp]|num)?|parencite|textcite|autocite|footcite)\*?\s*(?:\[[^\[\]]{{0,300}}\]\s*){{0,2}}\{{[^{{}}]*\}}",
-    "references": r"(?:ref|eqref|autoref|[cC]ref|pageref|nameref|hyperref)\*?\s*\{[^{}]*\}",
-    "bibliography": rf"(?:bibliography|bibliographystyle|nocite){BRACED}|printbibliography(?:\s*\[[^\[\]]{{0,300}}\])?(?![a-zA-Z@])",
-    "authors": r"(?:author|affiliation|affil|address|email|institute|thanks|curraddr|orcid|dedicatory|date|ccsdesc)\s*(?:\[[^\[\]]{0,300}\]\s*)?(?=\{)",
-    "layout": r"(?:(?:maketitle|tableofcontents|listoffigures|listoftables|newpage|clearpage|cleardoublepage|pagebreak|frontmatter|mainmatter|backmatter|printindex|noindent|centering|bigskip|medskip|smallskip)(?![a-zA-Z@])"
-              r"|(?:vspace|thispagestyle|pagestyle|pagenumbering|setcounter\s*\{[^{}]*\}|addcontentsline\s*\{[^{}]*\}\s*\{[^{}]*\})\*?\s*\{[^{}]*\})"}
-
-FIRST = {"graphics": "iep", "labels": "l", "citations": "cCpta f".replace(" ", ""), "references": "reacCpnh", "bibliography": "bnp", "authors": "aeitcod", "layout": "mtlncpfbmvas"} # letters the commands begin with
+OPTION = r"(?:\[[^\[\]]{0,300}\]\s*)"
+ARGUMENTS = {"none": r"", "one": r"\*?\s*\{[^{}]*\}", "two": r"\s*\{[^{}]*\}\s*\{[^{}]*\}", "options": rf"\*?\s*{OPTION}{{0,2}}\{{[^{{}}]*\}}",
+    "option": rf"\s*{OPTION}?", "braces": rf"\*?\s*{OPTION}?(?=\{{)"}
+COMMANDS = { # rule -> commands, by the arguments they take
+    "graphics": {"options": "includegraphics epsfig psfig epsfbox"},
+    "labels": {"one": "label"},
+    "citations": {"options": "cite citep citet citealp citealt citeauthor citeyear citeyearpar citenum Cite Citep Citet parencite textcite autocite footcite"},
+    "references": {"one": "ref eqref autoref cref Cref pageref nameref vref"},
+    "bibliography": {"one": "bibliography bibliographystyle nocite", "option": "printbibliography"},
+    "authors": {"braces": "author affiliation affil address email institute thanks curraddr orcid dedicatory date ccsdesc"},
+    "layout": {"none": "maketitle tableofcontents listoffigures listoftables newpage clearpage cleardoublepage pagebreak frontmatter mainmatter "
+                       "backmatter printindex noindent centering bigskip medskip smallskip",
+               "one": "vspace thispagestyle pagestyle pagenumbering", "two": "setcounter setlength"}}
 
 @lru_cache(maxsize=64)
 def document_scanner(
     rules:tuple, # names of COMMANDS and ENVIRONMENTS to stop at
-)->re.Pattern:
-    "The scanner of the joined document: one alternation over the rules in force"
-    names = lambda xs: "|".join(map(re.escape, xs))
-    envs = "".join(rf"(?P<env_{r}>{names(ENVIRONMENTS[r])})|" for r in rules if r in ENVIRONMENTS)
-    commands = "".join(rf"|(?P<{r}>{COMMANDS[r]})" for r in rules if r in COMMANDS)
-    first = "".join(sorted({"b", "v"}.union(*(FIRST[r] for r in rules if r in COMMANDS))))
-    return re.compile(rf"\\(?=[{first}])(?:begin\s*\{{(?:{envs}(?P<math>(?:{names(MATH)})\*?)|(?P<verbatim>{names(VERBATIM)}))\}}"
-                      rf"|verb\*?(?P<delim>[^a-zA-Z*\s]).{{0,300}}?(?P=delim){commands})")
+)->tuple: # (pattern, environment -> rule, command -> (rule, pattern of its arguments))
+    "The scanner of the joined document, and what to do where it stops"
+    environments = {e: r for r in rules for e in ENVIRONMENTS.get(r, ())}
+    commands = {c: (r, re.compile(ARGUMENTS[kind])) for r in rules for kind, names in COMMANDS.get(r, {}).items() for c in names.split()}
+    starred = [e + s for e in MATH for s in ("", "*")]
+    return re.compile(rf"\\(?:begin\s*\{{(?P<env>{any_of([*environments, *starred, *VERBATIM])})\}}|verb\*?(?P<delim>[^a-zA-Z*\s]).{{0,300}}?(?P=delim)"
+                      rf"|(?P<command>{any_of(commands)})(?![a-zA-Z@]))"), environments, commands
 
 # %% ../../nbs/corpus/04_latex.ipynb #393d6a34
 BRACES = re.compile(r"\\.|[{}]", re.S)
@@ -565,7 +587,7 @@ def captions(
     spans = [(m.start(), argument_end(text, m.end())) for m in CAPTION.finditer(text)][:50]
     return [(a, b) for a, b in spans if b]
 
-# %% ../../nbs/corpus/04_latex.ipynb #04d51d5d
+# %% ../../nbs/corpus/04_latex.ipynb #97080bbb
 @dataclass
 class Cutter:
     "Cuts the joined document by the rules"
@@ -579,7 +601,7 @@ class Cutter:
         self.pieces, self.kept, self.absent, self.failures = [], 0, set(), 0
         keep = {r for r in ("bibliography", "figures", "tables", "labels", "citations", "references", "authors", "layout") if getattr(self.rules, r) == "keep"}
         if "figures" in keep: keep.add("graphics")
-        self.scanner = document_scanner(tuple(r for r in sorted({*ENVIRONMENTS, *COMMANDS}) if r not in keep))
+        self.scanner, self.environments, self.commands = document_scanner(tuple(r for r in sorted({*ENVIRONMENTS, *COMMANDS}) if r not in keep))
 
     def cut(self, start, end, rule):
         "Leave out from `start` to `end`"
@@ -587,11 +609,11 @@ class Cutter:
         self.removed[rule] += n_bytes(self.text[start:end])
         self.kept = end
 
-# %% ../../nbs/corpus/04_latex.ipynb #4463beb1
+# %% ../../nbs/corpus/04_latex.ipynb #a571cd1a
 @patch
 def environment(self:Cutter, m, rule):
     "Cut an environment; of a figure the captions stay, and all of one that draws nothing"
-    end = past(self.text, m.end(), "\\end{%s}" % m[m.lastgroup], self.absent)
+    end = past(self.text, m.end(), "\\end{%s}" % m["env"], self.absent)
     if end is None: self.repairs["environment_open"] += 1; return m.end()
     inner = self.text[m.start():end]
     if rule == "figures" and not DRAWS.search(inner): return m.end()
@@ -604,16 +626,19 @@ def environment(self:Cutter, m, rule):
     return end
 
 @patch
-def command(self:Cutter, m, rule):
-    "Cut a command with its argument"
-    end = m.end()
+def command(self:Cutter, m):
+    "Cut a command with its arguments"
+    rule, arguments = self.commands[m["command"]]
+    args = arguments.match(self.text, m.end())
+    if not args: return m.end()
+    end = args.end()
     if rule == "authors":
-        end = argument_end(self.text, m.end()) if self.failures < 50 else None
+        end = argument_end(self.text, end) if self.failures < 50 else None
         if end is None: self.failures += 1; return m.end()
     self.cut(m.start(), end, rule)
     return end
 
-# %% ../../nbs/corpus/04_latex.ipynb #2f6b2988
+# %% ../../nbs/corpus/04_latex.ipynb #9cd5ff14
 @patch
 def run(self:Cutter,
     start:int=0, # where the body begins
@@ -621,11 +646,11 @@ def run(self:Cutter,
     "Cut from `start` to the end"
     text, pos = self.text, start
     while m := self.scanner.search(text, pos):
-        kind, pos = m.lastgroup, m.end()
+        env, pos = m["env"], m.end()
         if m.start() and text[m.start() - 1] == "\\" and escaped(text, m.start()): pos = m.start() + 1
-        elif kind in ("math", "verbatim"): pos = past(text, m.end(), "\\end{%s}" % m[kind], self.absent) or m.end()
-        elif kind.startswith("env_"): pos = self.environment(m, kind[4:])
-        elif kind != "delim": pos = self.command(m, kind)
+        elif m["command"]: pos = self.command(m)
+        elif env in self.environments: pos = self.environment(m, self.environments[env])
+        elif env: pos = past(text, pos, "\\end{%s}" % env, self.absent) or pos
     self.pieces.append(text[self.kept:])
     return "".join(self.pieces)
 
@@ -676,7 +701,7 @@ def definition(
     plain = name not in STRUCTURE and not PROGRAM.search(body) and "##" not in body and all(int(k) <= n_args for k in re.findall(r"#(\d)", body))
     return name, Macro(n_args, m["default"], body.replace("\\xspace", "")) if plain and n_args < 10 else None, end
 
-# %% ../../nbs/corpus/04_latex.ipynb #63eaa51f
+# %% ../../nbs/corpus/04_latex.ipynb #1dd04c6c
 CONTROL_WORDS = re.compile(r"\\([a-zA-Z@]+)")
 
 @dataclass
@@ -691,7 +716,7 @@ class Expander:
 
     def __post_init__(self):
         self.bodies, self.failures = {}, 0
-        self.scanner = macro_scanner(tuple(sorted(self.names)[:5000]))
+        self.scanner = macro_scanner(tuple(sorted(n for n in self.names if len(n) < 50)[:5000]))
 
     def body(self,
         name:str, # a macro
@@ -706,16 +731,12 @@ class Expander:
         self.bodies[name] = body if len(body) <= 20_000 and not cycle else None
         return self.bodies[name]
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=8)
 def macro_scanner(
     names:tuple, # of macros, sorted
 )->re.Pattern:
     "Stops at the uses of macros, at definitions and at verbatim passages"
-    initials = {}
-    for n in names: initials.setdefault(n[0], []).append(n[1:])
-    words = "|".join(f"{c}(?:{'|'.join(sorted(rest, reverse=True))})" for c, rest in sorted(initials.items())) or "(?!)"
-    verbatim = "|".join(map(re.escape, VERBATIM))
-    return re.compile(rf"\\(?:(?P<name>{words})(?![a-zA-Z@])|begin\s*\{{(?P<verbatim>{verbatim})\}}|verb\*?(?P<delim>[^a-zA-Z*\s]).{{0,300}}?(?P=delim)"
+    return re.compile(rf"\\(?:(?P<name>{any_of(names)})(?![a-zA-Z@])|begin\s*\{{(?P<verbatim>{any_of(VERBATIM)})\}}|verb\*?(?P<delim>[^a-zA-Z*\s]).{{0,300}}?(?P=delim)"
                       r"|(?P<define>(?:re)?newcommand|providecommand|DeclareRobustCommand|def|DeclareMathOperator)(?![a-zA-Z@]))")
 
 # %% ../../nbs/corpus/04_latex.ipynb #50f4f9a7
@@ -751,7 +772,7 @@ def substitute(
         return arg + " " if body[m.end():m.end() + 1].isalpha() and CONTROL_WORD.search(arg) else arg
     return PARAMETER.sub(one, body)
 
-# %% ../../nbs/corpus/04_latex.ipynb #e8045d60
+# %% ../../nbs/corpus/04_latex.ipynb #378926cf
 @patch
 def expand(self:Expander,
     text:str, # LaTeX
@@ -779,7 +800,7 @@ def use(self:Expander, text, m, active):
     args, end = (None, 0) if body is None or len(active) > 30 or self.room < 0 else self.arguments(text, m.end(), self.macros[name])
     if args is None: self.repairs["macros_left"] += not active; return None
     new = substitute(body, [self.expand(a, 0, (*active, name)) if "\\" in a else a for a in args])
-    if text[:m.start()][-1:] in ("^", "_") and len(new) > 1: new = "{%s}" % new
+    if m.start() and text[m.start() - 1] in "^_" and len(new) > 1: new = "{%s}" % new
     if CONTROL_WORD.search(new[-50:]) and text[end:end + 1].isalpha(): new += " "
     self.room -= len(new)
     self.repairs["macros_expanded"] += not active
