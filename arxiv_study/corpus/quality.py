@@ -14,13 +14,13 @@ import py3langid
 from .latex import VERBATIM, n_bytes, split_formulas
 from .ledger import Reason
 
-# %% ../../nbs/corpus/06_quality.ipynb #e449a41e
+# %% ../../nbs/corpus/06_quality.ipynb #704e4d12
 COMMANDS = re.compile(r"\\(?:begin|end|ref|eqref|[cC]ref|autoref|label|cite[a-z]*|input|include|includegraphics|href|url|bibliography|bibliographystyle|vspace|hspace|setlength|newcommand)"
                       r"\*?\s*(?:\[[^\[\]]{0,200}\])?\s*\{[^{}]{0,300}\}|\\[a-zA-Z@]+\*?|\\.|[^\w\s.,;:!?'()-]+|[\d_]+")
 
 def windows(
     text:str, # a paper
-    size:int=6000, # characters of a window
+    size:int=2000, # characters of a window
 )->list: # one to three stretches
     "The beginning, the middle and the end of a text, cut at line breaks"
     if len(text) <= 3 * size: return [text]
@@ -29,7 +29,7 @@ def windows(
 
 def prose_of(
     text:str, # LaTeX
-    size:int=6000, # characters of each of three windows
+    size:int=2000, # characters of each of three windows
 )->str: # words and punctuation
     "A bounded sample of what is prose in a text: formulas, verbatim passages and commands set aside"
     prose = (" ".join(split_formulas(w)[0]) for w in windows(text, size))
