@@ -21,23 +21,23 @@ def text_hash(
     "The hash by which exact copies are found; white space and capitals don't matter"
     return hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=16).hexdigest()
 
-# %% ../../nbs/corpus/07_duplicates.ipynb #39f41cba
+# %% ../../nbs/corpus/07_duplicates.ipynb #0a51cb78
 N_PERM = 128
 RUN = 5
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15) # 2**64 over the golden ratio: spreads bits (Knuth, TAOCP 3, 6.4)
 
 def run_hashes(
     text:str, # a text
-)->np.ndarray: # uint64, one a different run of five words
+)->np.ndarray: # uint64, one a run of five words
     "Hashes of the runs of five words in a text"
-    words = np.fromiter(map(zlib.crc32, re.findall(rb"[\w\\]+", text.lower().encode())), dtype=np.uint64)
+    words = np.fromiter(map(zlib.crc32, text.lower().encode().split()), dtype=np.uint64)
     n = max(1, len(words) - RUN + 1)
     if not len(words): return words
     runs = np.zeros(n, dtype=np.uint64)
     for k in range(min(RUN, len(words))):
         runs = (runs ^ words[k:k + n]) * MULTIPLIER
         runs ^= runs >> np.uint64(29)
-    return np.unique(runs)
+    return runs
 
 def sketch(
     text:str, # the normalised text of a paper
