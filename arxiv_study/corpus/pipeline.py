@@ -229,15 +229,15 @@ def papers_of(task:Task, clock:Clock)->Iterator[Paper]:
         except (RecursionError, MemoryError, ValueError, TypeError, LookupError, ArithmeticError) as e:
             raise StudyError(f"{paper_id} in {task.sources.path} cannot be processed ({type(e).__name__}: {e}); this is a fault of arxiv_study, please report the paper") from e
 
-# %% ../../nbs/corpus/08_pipeline.ipynb #c79aae71
+# %% ../../nbs/corpus/08_pipeline.ipynb #a0bbe0b9
 def do_task(task:Task, part_bytes:int=32<<20)->dict: # what the parent is told
     "Turn a set of sources into part files of ledger, text and sketches."
-    start, clock, rows, waiting, size, part = time.perf_counter(), Clock(), [], [], 0, 0
+    start, cpu_start, clock, rows, waiting, size, part = time.perf_counter(), time.process_time(), Clock(), [], [], 0, 0
     task.sources.check()
     for paper in papers_of(task, clock):
         rows.append(paper.row)
         if paper.text is None: continue
-        waiting.append(replace(paper))
+        waiting.append(paper)
         size += paper.row.text_bytes
         if size >= part_bytes:
             write_texts(task, part, waiting)
@@ -245,7 +245,7 @@ def do_task(task:Task, part_bytes:int=32<<20)->dict: # what the parent is told
     if waiting: write_texts(task, part, waiting)
     write_table(task.path("ledger"), rows_to_frame(rows))
     return dict(index=task.index, name=task.sources.name, n_papers=len(rows), tex_bytes=sum(r.tex_bytes for r in rows), raw_bytes=sum(r.raw_bytes for r in rows),
-                n_parts=part+bool(waiting), wall_s=time.perf_counter()-start, cpu_s=dict(clock), pid=os.getpid())
+                n_parts=part+bool(waiting), wall_s=time.perf_counter()-start, cpu_s={**clock, "all": time.process_time()-cpu_start})
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #2df7d896
 def _leave_with_parent():
@@ -509,7 +509,7 @@ def do_all(tasks:list[Task], engine:str, n_workers:int)->list[dict]:
         run(tasks, done)
     return sorted(results, key=lambda r: r["index"])
 
-# %% ../../nbs/corpus/08_pipeline.ipynb #c512b0fd
+# %% ../../nbs/corpus/08_pipeline.ipynb #5300730c
 def assemble(out:Path, work:Path, arxiv:Path, config:CorpusConfig)->dict: # counts for the manifest
     "Write ledger and text from the part files of all tasks."
     ledger = joined_ledger(work/"parts")
@@ -528,11 +528,11 @@ def assemble(out:Path, work:Path, arxiv:Path, config:CorpusConfig)->dict: # coun
 def manifest_of(arxiv, config, variant, inputs, counts, times, results, n_workers)->dict:
     "What the corpus was made by, from what, and in what time."
     cpu_s = sum((Counter(r["cpu_s"]) for r in results), Counter())
-    tars_s = sum(r["wall_s"] for r in results)
+    tex_mb, tars_s = counts["tex_bytes"]/1e6, sum(r["wall_s"] for r in results)
     return dict(format=1, variant=variant, fingerprint=fingerprint(dict(config=config, inputs=inputs)), config=asdict(config), arxiv=str(arxiv), inputs=inputs, counts=counts,
                 versions={"python": platform.python_version(), **{p: version(p) for p in ("arxiv-study", "polars", "msgspec", "rensa", "py3langid", "numpy")}},
                 workers=n_workers, wall_s=times, cpu_s={k: round(v, 3) for k, v in sorted(cpu_s.items())},
-                mb_per_s_per_worker=round(counts["tex_bytes"]/1e6/tars_s, 2) if tars_s else None)
+                tex_mb_per_worker_s=round(tex_mb/tars_s, 2), tex_mb_per_cpu_s=round(tex_mb/cpu_s["all"], 2) if cpu_s["all"] else None)
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #e15c7013
 def open_ledger(corpus_dir:Path # a corpus folder
