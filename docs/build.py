@@ -4,13 +4,16 @@ import argparse, html, re, shutil, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nbformat
+import yaml
 from chapters import BuildError, Chapter, Links, execute, page, read_chapter
 from readme import check_readme, write_readme
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("corpus", "tokens", "model", "study")
+MINIATURE_PAPERS = 200 # enough for every reason of the default configuration to occur
 LOCAL = ("settings.ini", "pyproject.toml", "runs", "README.md") # what notebooks may read, beside nbs/
 
 
@@ -58,7 +61,7 @@ def write_pages(chapters, executed, root:Path, site:Path):
         nb = page(chapter, executed[chapter.page], links)
         if (extra := contents(chapter, chapters, root)): nb.cells.append(nbformat.v4.new_markdown_cell(extra))
         nbformat.write(nb, target)
-    for name, text in generated_pages(chapters, root).items():
+    for name, text in generated_pages(chapters, root, site.parent).items():
         (site/name).parent.mkdir(parents=True, exist_ok=True)
         (site/name).write_text(text, encoding="utf-8")
 
@@ -66,46 +69,71 @@ def contents(chapter:Chapter, chapters, root:Path)->str:
     "What an index page lists below its own text."
     if chapter.page == "index": return toctree(root_entries(chapters, root))
     room, _, name = chapter.page.rpartition("/")
-    return listing(room, chapters, root) if name == "index" else ""
+    return listing(room, chapters) if name == "index" else ""
 
-def listing(room:str, chapters, root:Path)->str:
+def listing(room:str, chapters)->str:
     "The chapters of a room with their subtitles, and the toctree behind them."
     inside = [c for c in chapters if c.page.rpartition("/")[0] == room and not c.page.endswith("index")]
     names = [c.page.rpartition("/")[2] for c in inside]
     lines = [f"- [{c.title}]({n}.ipynb): {c.subtitle.rstrip('.')}." for c, n in zip(inside, names)]
-    if room == "corpus" and (rows := reasons(root)) is not None: names.append("reasons"); lines.append("- [Reasons](reasons.md): why a paper is not in the corpus, one row a reason.")
-    return "\n".join(["## Chapters" if room else "", "", *lines, "", toctree(names)])
+    if room == "corpus":
+        names.append("reasons")
+        lines.append("- [Reasons](reasons.md): Why a paper is not in the corpus, one row a reason.")
+    return "\n".join(["## Chapters" if lines else "", "", *lines, "", toctree(names)])
 
 def root_entries(chapters, root:Path)->list[str]:
-    rooms = [r for r in (*ROOMS, "runs") if any(c.page.startswith(f"{r}/") for c in chapters)]
+    rooms = [r for r in ROOMS if any(c.page.startswith(f"{r}/") for c in chapters)]
+    if any((root/"runs").glob("R*.yaml")): rooms.append("runs")
     return [f"{r}/index" for r in rooms] + ["foundation"]
 
 def toctree(entries)->str: return "\n".join(["```{toctree}", ":hidden:", "", *entries, "```"])
 
-def generated_pages(chapters, root:Path)->dict[str, str]:
+def generated_pages(chapters, root:Path, work:Path)->dict[str, str]:
     "Pages no notebook writes: index pages that are missing, the foundation, the table of reasons."
     have, pages = {c.page for c in chapters}, {}
     if "index" not in have: pages["index.md"] = f"# arxiv_study\n\n{toctree(root_entries(chapters, root))}\n"
     for entry in root_entries(chapters, root):
         room = entry.rpartition("/")[0]
-        if room and entry not in have: pages[f"{entry}.md"] = f"# {room.capitalize()}\n\n{listing(room, chapters, root)}\n"
-    pages["foundation.md"] = (Path(__file__).parent/"foundation.md").read_text(encoding="utf-8") + "\n" + listing("", chapters, root)
-    if any(c.page.startswith("corpus/") for c in chapters) and (rows := reasons(root)) is not None: pages["corpus/reasons.md"] = reasons_page(rows)
+        if room in ROOMS and entry not in have: pages[f"{entry}.md"] = f"# {room.capitalize()}\n\n{listing(room, chapters)}\n"
+    if "runs/index" in root_entries(chapters, root) and "runs/index" not in have: pages["runs/index.md"] = runs_page(root, chapters)
+    pages["foundation.md"] = (Path(__file__).parent/"foundation.md").read_text(encoding="utf-8") + "\n" + listing("", chapters)
+    if any(c.page.startswith("corpus/") for c in chapters): pages["corpus/reasons.md"] = reasons_page(lost_in_miniature(work) if "corpus/pipeline" in have else None)
     return pages
 
-def reasons(root:Path):
-    "The table of reasons as the library defines it: docs and code can't drift."
-    from arxiv_study.corpus.ledger import reasons_table
-    return reasons_table()
-
-def reasons_page(table)->str:
-    "The whole vocabulary of the ledger, with an anchor a reason."
+def facts_table(rows:list[dict], # cells as text; `code` in backticks
+                key:str # the column that gives a row its anchor
+               )->str:
+    "An HTML table with an anchor a row."
     cell = lambda v: re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(str(v)))
-    head = "".join(f'<th scope="col">{html.escape(c.replace("_", " "))}</th>' for c in table.columns)
-    rows = [f'<tr id="{r["reason"]}">' + "".join(f"<td>{'<code>' + cell(v) + '</code>' if k == 'reason' else cell(v)}</td>" for k, v in r.items()) + "</tr>"
-            for r in table.iter_rows(named=True)]
-    return "\n".join(["# Reasons", "", "{.subtitle}", "Why a paper is not in the corpus, one row a reason, as the ledger spells it.", "",
-                      '<table class="reasons"><thead><tr>' + head + "</tr></thead>", "<tbody>", *rows, "</tbody></table>", ""])
+    head = "".join(f'<th scope="col">{html.escape(c.replace("_", " "))}</th>' for c in rows[0])
+    body = [f'<tr id="{r[key]}">' + "".join(f"<td>{cell(f'`{v}`' if k == key else v)}</td>" for k, v in r.items()) + "</tr>" for r in rows]
+    return "\n".join([f'<table class="facts"><thead><tr>{head}</tr></thead>', "<tbody>", *body, "</tbody></table>"])
+
+def reasons_page(lost:dict|None # reason -> papers of the miniature, where it was counted
+                )->str:
+    "The ledger's whole vocabulary as the library defines it: docs and code can't drift."
+    from arxiv_study.corpus.ledger import reasons_table
+    rows = list(reasons_table().iter_rows(named=True))
+    if lost is not None: rows = [{**r, "lost": lost.get(r["reason"], 0)} for r in rows]
+    note = f"*Lost* counts papers of a generated miniature of {MINIATURE_PAPERS}, into which trouble is planted on purpose: it shows that a reason is found, not how common it is on arXiv." if lost is not None else ""
+    return "\n\n".join(["# Reasons\n\n{.subtitle}\nWhy a paper is not in the corpus, one row a reason, as the ledger spells it.", note, facts_table(rows, "reason"), ""])
+
+def lost_in_miniature(work:Path)->dict[str, int]:
+    "The pipeline over a miniature arXiv, counted by reason; kept beside the executed notebooks."
+    from arxiv_study.corpus.miniature import write_miniature
+    from arxiv_study.corpus.pipeline import CorpusConfig, build_corpus, open_ledger
+    with TemporaryDirectory(dir=work) as folder:
+        write_miniature(Path(folder)/"arxiv", n_papers=MINIATURE_PAPERS, seed=0, papers_per_tar=MINIATURE_PAPERS//2)
+        ledger = open_ledger(build_corpus(Path(folder)/"arxiv", Path(folder)/"corpus", CorpusConfig(), workers=2)).lazy().collect()
+    return dict(ledger.filter(ledger["fate"] == "dropped").group_by("reason").len().iter_rows())
+
+def runs_page(root:Path, chapters)->str:
+    "The run files as a table, then the notebooks that draw them."
+    runs = [yaml.safe_load(f.read_text(encoding="utf-8")) for f in sorted((root/"runs").glob("R*.yaml"))]
+    changed = lambda r: ", ".join(f"`{k}: {v}`" for k, v in (r["change"] or {}).items()) or "nothing: the baseline"
+    rows = [{"run": r["id"], "family": r["family"], "question": r["question"], "compared_with": r["base"] or "", "change": changed(r)} for r in runs]
+    head = "# Runs\n\n{.subtitle}\nTwenty-four runs in six families; each changes one thing against the run it is compared with."
+    return "\n\n".join([head, listing("runs", chapters), facts_table(rows, "run"), ""])
 
 def run_sphinx(site:Path, out:Path, jobs:int):
     "Warnings are errors: a broken link or a skipped heading level fails the build."
@@ -166,6 +194,7 @@ def main(argv=None)->int:
     cli.add_argument("--check-readme", action="store_true", help="fail when README.md differs from nbs/index.ipynb")
     a = cli.parse_args(argv)
     root = a.root.resolve()
+    sys.path.insert(0, str(root)) # the library of the repository whose notebooks are shown
     try:
         if a.readme: write_readme(root)
         elif a.check_readme: check_readme(root)

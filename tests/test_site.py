@@ -146,6 +146,7 @@ class TestInChromium:
         browser.wait_for("document.documentElement.dataset.figures === 'drawn'")
         assert browser.run("document.querySelector('figure.plot').getAttribute('aria-label')").startswith("Bits per byte fall")
         stroke = "getComputedStyle(document.querySelector('figure.plot .js-line')).stroke"
+        assert browser.run("document.querySelectorAll('figure.plot [data-title*=Share], figure.plot .plotlyjsicon').length") == 0
         ink = {}
         for theme in ("light", "dark"):
             browser.run(f"document.documentElement.dataset.theme = '{theme}'")

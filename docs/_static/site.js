@@ -22,6 +22,7 @@
       title: { x: 0, xref: "container", xanchor: "left", font: { size: 17 } },
       xaxis: axis, yaxis: axis, hoverlabel: { bgcolor: paper, bordercolor: ink, font: { color: ink } },
       colorscale: { sequential: "Viridis", sequentialminus: "Viridis" }, legend: { bgcolor: "rgba(0,0,0,0)" },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: style("--pst-color-text-muted"), activecolor: ink },
     }, data: { table: [{ header: { fill: { color: faint }, font: { color: ink } }, cells: { fill: { color: paper }, font: { color: ink } } }] } };
     const own = structuredClone(layout);
     for (const key of ["paper_bgcolor", "plot_bgcolor"]) if (/^(white|#fff(fff)?)$/i.test(own[key] || "")) delete own[key];
@@ -44,7 +45,9 @@
       const extra = text.split("<br>").length - 1;
       if (extra) layout.margin = { ...layout.margin, t: (layout.margin?.t ?? 80) + 20 * extra };
     }
-    return Plotly.react(canvas, structuredClone(data), layout, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] });
+    if (canvas.clientWidth < 560) layout.legend = { ...layout.legend, orientation: "h", x: 0, xanchor: "left", y: -0.35, yanchor: "top" };
+    return Plotly.react(canvas, structuredClone(data), layout, 
+      { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "", modeBarButtonsToRemove: ["select2d", "lasso2d"] });
   };
 
   // The table behind a figure is made from what Plotly drew, when somebody opens it.
