@@ -148,7 +148,7 @@ class Clock(Counter):
         try: yield
         finally: self[name] += time.process_time() - start
 
-# %% ../../nbs/corpus/08_pipeline.ipynb #16cd4286
+# %% ../../nbs/corpus/08_pipeline.ipynb #c52e1cac
 def add_up(*accounts:dict)->dict:
     "Accounts added rule by rule."
     return dict(sorted(sum(map(Counter, accounts), Counter()).items()))
@@ -157,6 +157,8 @@ def to_text(row:Row, files:dict, config:CorpusConfig, clock:Clock)->tuple[Row,st
     "The latex and normalize stages: the row with its accounts, and the text; the row is dropped where there is none."
     with clock.stage("latex"): found = extract(files, latex_rules(config))
     row = replace(row, main_file=found.main_file, tex_bytes=found.tex_bytes, removed=dict(found.removed), added=dict(found.added), repairs=add_up(row.repairs, found.repairs))
+    if found.reason == Reason.no_document_text and "\\end{document}" not in files[found.main_file]:
+        return dropped(row, Reason.empty_after_normalization), "" # a document that never ends is not known to be empty: there is one, and nothing is left of it
     if found.reason is not None: return dropped(row, found.reason), ""
     if config.recipe != "flatten": return replace(row, text_bytes=len(found.text.encode())), found.text # the other recipes are compared as they are
     with clock.stage("normalize"): text, removed, added, repairs = normalize(found.text, NormalizeRules())
