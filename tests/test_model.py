@@ -2,6 +2,7 @@
 import csv, json, math, os, random, signal, subprocess, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
+import numpy as np
 import polars as pl
 import pytest
 from arxiv_study.model.configuration import PRESETS, ModelConfig, flops_per_token, n_parameters
@@ -71,7 +72,7 @@ def plain_series(data, config_path, ranks, n_steps):
         segment = next(s for s in plan if s.start <= step < s.stop)
         for g in optimizer.param_groups: g["lr"] = g["peak_lr"] * rate_factor(step, segment, run.training, warmup_steps(run.training, plan), n_steps)
         batches = [b.batch(step) for b in loaders]
-        ids, targets = (torch.from_numpy(__import__("numpy").concatenate([x.reshape(-1, x.shape[-1]) for x in xs])) for xs in zip(*[(b.tokens[..., :-1], b.targets) for b in batches]))
+        ids, targets = (torch.from_numpy(np.concatenate([x.reshape(-1, x.shape[-1]) for x in xs])) for xs in zip(*[(b.tokens[..., :-1], b.targets) for b in batches]))
         loss = summed_loss(model, ids, targets) / sum(b.n_tokens for b in batches)
         optimizer.zero_grad()
         loss.backward()
@@ -82,18 +83,15 @@ def plain_series(data, config_path, ranks, n_steps):
     return found
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_zero_stages_agree_with_plain_pytorch(data, tmp_path, layout):
+@pytest.mark.parametrize("name,layout,training", [
+    ("zero2", "packed", {}), ("zero0", "packed", dict(zero_stage=0, activation_checkpointing=False)), ("padded", "padded", {})])
+def test_zero_stages_agree_with_plain_pytorch(data, tmp_path, name, layout, training):
     "R23's promise: ZeRO-0 without recomputation, and ZeRO-2 with it, on 2 ranks with accumulation, against a bare loop on one"
-    batches = dict(accumulation=2, layout=layout)
-    config = asked(data, tmp_path / "zero2", batches, steps=10)
-    launch(config, tmp_path / "zero2", ranks=2)
-    launch(asked(data, tmp_path / "zero0", batches, steps=10, zero_stage=0, activation_checkpointing=False), tmp_path / "zero0", ranks=2)
-    plain = plain_series(data, config, 2, 10)
-    for name in ("zero2", "zero0"):
-        for (_, step, loss, norm), (loss_1, norm_1) in zip(series(tmp_path / name), plain, strict=True):
-            assert loss == pytest.approx(loss_1, rel=2e-5), (name, step)
-            assert norm == pytest.approx(norm_1, rel=2e-4), (name, step)
+    config = asked(data, tmp_path / name, dict(accumulation=2, layout=layout), steps=10, **training)
+    launch(config, tmp_path / name, ranks=2)
+    for (_, step, loss, norm), (loss_1, norm_1) in zip(series(tmp_path / name), plain_series(data, config, 2, 10), strict=True):
+        assert loss == pytest.approx(loss_1, rel=2e-5), step
+        assert norm == pytest.approx(norm_1, rel=2e-4), step
 
 
 def test_nothing_is_compiled_in_an_empty_home(data, tmp_path):
@@ -138,23 +136,25 @@ def test_resume_after_a_kill_is_bit_identical(data, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(data, tmp_path):
-    config = asked(data, tmp_path / "run", steps=9, checkpoint_every=3)
-    launch(config, tmp_path / "run", ranks=1)
-    before = series(tmp_path / "run")
-    newest = tmp_path / "run" / "checkpoints" / (tmp_path / "run" / "checkpoints" / "latest").read_text().split()[-1]
+    from arxiv_study.model.configuration import read_run
+    from arxiv_study.model.train import prepare_folder
+    config, folder = asked(data, tmp_path / "run", steps=9, checkpoint_every=3), tmp_path / "run"
+    launch(config, folder, ranks=1)
+    before, result = series(folder), read_json(folder / "result.json")
+    newest = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().split()[-1]
     victim = next(newest.rglob("*optim_states.pt"))
     victim.write_bytes(victim.read_bytes()[:-10])
-    launch(config, tmp_path / "run", ranks=1, resume=True)
-    assert series(tmp_path / "run") == before
-    assert "is missing or is not what was written" in (tmp_path / "run" / "rank-0.log").read_text()
+    assert launch(config, folder, ranks=1, resume=True)["heldout"] == result["heldout"]
+    assert series(folder) == before
+    assert "is missing or is not what was written" in (folder / "rank-0.log").read_text()
     with pytest.raises(StudyError, match="another training"):
-        launch(asked(data, tmp_path / "run", steps=10, checkpoint_every=3), tmp_path / "run", ranks=1, resume=True)
+        prepare_folder(read_run(asked(data, folder, steps=10, checkpoint_every=3)), folder, resume=True)
 
 
 def test_a_dead_rank_fails_the_run_and_leaves_no_process(data, tmp_path):
     config, folder = asked(data, tmp_path / "run", steps=100_000), tmp_path / "run"
     def kill_one(record):
-        if record.get("step") == 3: os.kill(next(p for p in ranks_alive(folder) if f"rank {p}" and _rank_of(p) == 1), signal.SIGKILL)
+        if record.get("step") == 3: os.kill(next(p for p in ranks_alive(folder) if _rank_of(p) == 1), signal.SIGKILL)
     with pytest.raises(StudyError, match="failed") as e: launch(config, folder, ranks=2, on_line=kill_one)
     assert read_json(folder / "status.json")["state"] == "failed"
     assert "rank" in str(e.value) and not (folder / "result.json").exists()
@@ -220,6 +220,24 @@ def test_logits_and_gradients_of_llama(tied):
     for logits in (a, b): torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
     grads = dict(theirs.named_parameters())
     for name, p in ours.named_parameters(): torch.testing.assert_close(p.grad, grads[name].grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.peer
+def test_export_opens_in_transformers(data, tmp_path):
+    "Greedy continuations agree token by token"
+    transformers = pytest.importorskip("transformers")
+    import torch
+    from arxiv_study.model.checkpoints import load_model
+    from arxiv_study.model.export import export_run
+    from arxiv_study.model.generate import continue_ids
+    launch(asked(data, tmp_path / "run", steps=8), tmp_path / "run", ranks=2)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(export_run(tmp_path / "run", tmp_path / "out"))
+    assert type(theirs).__name__ == "LlamaForCausalLM"
+    prompt = [256, *b"Let $x"]
+    ours = continue_ids(load_model(tmp_path / "run"), prompt, 40, end_id=256, temperature=0)
+    out = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0].tolist()[len(prompt):]
+    assert out == ours
+    with pytest.raises(StudyError, match="exists already"): export_run(tmp_path / "run", tmp_path / "out")
 
 
 def test_parameter_counts_on_the_meta_device():

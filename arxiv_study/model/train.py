@@ -6,18 +6,18 @@
 __all__ = ['OUTPUTS', 'Progress', 'Diverged', 'Training', 'prepare_folder', 'environment', 'train', 'Interrupted', 'heed_signals',
            'note_failure', 'main']
 
-# %% ../../nbs/model/07_train.ipynb #0bea17d7
+# %% ../../nbs/model/07_train.ipynb #3e73d436
 import argparse, ctypes, importlib.metadata, json, math, os, platform, resource, shutil, signal, statistics, sys, time, traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import psutil, torch
 from fastcore.basics import patch
-from .checkpoints import load_checkpoint, newest_whole, save_checkpoint
+from .checkpoints import load_checkpoint, newest_whole, save_checkpoint, save_model
 from .configuration import RunConfig, flops_per_token, from_fields, n_hidden_parameters, n_parameters, n_steps, read_run
 from .engine import build_engine, join_ranks, time_collectives, timed, update
 from .evaluate import held_out, held_out_result, held_out_texts, nats_by_domain, unigram_byte_bits
-from .generate import generate, save_model
+from .generate import generate
 from .optimization import Segment, has_diverged, is_spike, rate_factor, segments, warmup_steps
 from .transformer import summed_loss
 from ..settings import StudyError
