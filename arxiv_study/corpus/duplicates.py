@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['N_PERM', 'RUN', 'MULTIPLIER', 'BAND', 'text_hash', 'run_hashes', 'sketch', 'near', 'find_duplicates']
 
-# %% ../../nbs/corpus/07_duplicates.ipynb #e1ff8f80
+# %% ../../nbs/corpus/07_duplicates.ipynb #7e6691d4
 import hashlib
-import re
 import zlib
 from collections import defaultdict
 import numpy as np
@@ -21,14 +20,14 @@ def text_hash(
     "The hash by which exact copies are found; white space and capitals don't matter"
     return hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=16).hexdigest()
 
-# %% ../../nbs/corpus/07_duplicates.ipynb #0a51cb78
+# %% ../../nbs/corpus/07_duplicates.ipynb #e5ef3b10
 N_PERM = 128
 RUN = 5
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15) # 2**64 over the golden ratio: spreads bits (Knuth, TAOCP 3, 6.4)
 
 def run_hashes(
     text:str, # a text
-)->np.ndarray: # uint64, one a run of five words
+)->np.ndarray: # uint64, one for each run of five words
     "Hashes of the runs of five words in a text"
     words = np.fromiter(map(zlib.crc32, text.lower().encode().split()), dtype=np.uint64)
     n = max(1, len(words) - RUN + 1)
