@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TABLES', 'LIMITS', 'STYLE', 'SCRIPT', 'REPORT_PARAMETERS', 'Shown', 'family_figure', 'family_rows', 'shown',
            'finding_rows', 'contrast_rows', 'cost_rows', 'limit_lines', 'method_figure', 'method_words', 'figure_html',
-           'scrolled', 'sections', 'repeat_html', 'page_html', 'write_report', 'settings_of', 'open_evidence',
-           'open_family']
+           'scrolled', 'finding_html', 'sections', 'repeat_html', 'page_html', 'write_report', 'settings_of',
+           'open_evidence', 'open_family']
 
 # %% ../../nbs/study/09_report.ipynb #ec1771a2
 import html, json
@@ -103,7 +103,7 @@ def method_words(evidence:Evidence)->str:
             "Each run changes one thing against the run it names as its base and is measured in bits per byte on the same held-out text. "
             f"Effects are paired by seed; the rules that turn an interval into a verdict were fixed before anything was run. {counted}")
 
-# %% ../../nbs/study/09_report.ipynb #ee47bb21
+# %% ../../nbs/study/09_report.ipynb #cc7f1695
 STYLE = """
 :root{--ink:#1b1f24;--soft:#5b6470;--line:#d5dae0;--page:#fff;--band:#f5f7f9;--link:#0b5394}
 *{box-sizing:border-box} body{margin:0 auto;max-width:1080px;padding:2rem 1.25rem 4rem;font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--page)}
@@ -111,6 +111,9 @@ h1{font-size:1.9rem;line-height:1.2;margin:0 0 .3rem} h2{margin:2.6rem 0 .6rem;f
 p,li{max-width:74ch} .sub{color:var(--soft);margin:0 0 1.2rem} .limit{border-left:5px solid #D55E00;background:var(--band);padding:.7rem 1rem;margin:1rem 0}
 .scroll{overflow-x:auto} table{border-collapse:collapse;width:100%;font-size:.86rem;font-variant-numeric:tabular-nums} caption{text-align:left;color:var(--soft);padding:.3rem 0}
 th,td{padding:.35rem .6rem;border-bottom:1px solid var(--line);vertical-align:top} th{background:var(--band);font-weight:600}
+.finding{border-top:1px solid var(--line);padding:.4rem 0 .6rem;break-inside:avoid} .finding h3{margin:.4rem 0} .verdict{font-size:.82rem;font-weight:600;border:1px solid var(--soft);border-radius:1em;padding:.1rem .7rem;margin-left:.4rem;white-space:nowrap}
+dl{display:grid;grid-template-columns:9.5rem 1fr;gap:.2rem .8rem;margin:0} dt{color:var(--soft)} dd{margin:0;max-width:74ch}
+@media(max-width:600px){dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}}
 figure{margin:1.4rem 0;break-inside:avoid} .plot{min-height:430px} .tools{display:flex;gap:.5rem;flex-wrap:wrap;align-items:center;font-size:.85rem}
 button{font:inherit;padding:.15rem .7rem;border:1px solid var(--soft);background:var(--page);color:var(--ink);border-radius:4px;cursor:pointer} button:focus-visible,summary:focus-visible,.scroll:focus-visible{outline:3px solid #0072B2}
 details{margin:.4rem 0} summary{cursor:pointer;color:var(--link)} code{font-size:.92em;background:var(--band);padding:.05em .3em;border-radius:3px} .nowrap{white-space:nowrap}
@@ -144,14 +147,22 @@ def scrolled(rows:list, label:str, caption:str="")->str:
     "A table that scrolls by itself where it is wide."
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(label, quote=True)}">{table_html(rows, caption)}</div>'
 
-# %% ../../nbs/study/09_report.ipynb #d720c75f
+# %% ../../nbs/study/09_report.ipynb #5a8f0829
+def finding_html(row:dict)->str: # of `finding_rows`
+    "One finding: its verdict, then statement, measurement, reason, rule and command."
+    words = {"the paper says": "The paper says", "here": "This scale shows", "because": "Verdict because", "rule": "Rule"}
+    pairs = "".join(f"<dt>{label}</dt><dd>{html.escape(row[key])}</dd>" for key, label in words.items())
+    return (f'<article class="finding"><h3>{html.escape(row["finding"])} <span class="verdict">{html.escape(row["verdict"])}</span></h3>'
+            f'<dl>{pairs}<dt>Repeat</dt><dd><code>{html.escape(row["repeat"])}</code></dd></dl></article>')
+
+# %% ../../nbs/study/09_report.ipynb #658a01f4
 def sections(evidence:Evidence, runs:dict, method:go.Figure|None)->list[tuple]: # (id, title, HTML)
     "The parts of the report, in reading order."
     lists = "<ul>" + "".join(f"<li>{html.escape(l)}</li>" for l in limit_lines(evidence, runs)) + "</ul>"
     throttle = throttle_figure(evidence.steps["R22"]) if "R22" in evidence.steps and evidence.steps["R22"].height else None
     figures = "".join(f"<h3>{s.key.capitalize()}</h3>" + figure_html(s.key, s.figure, s.rows) for s in shown(evidence, runs))
     table = table_of_runs(evidence.results, runs).to_dicts()
-    return [("findings", "Findings", scrolled(finding_rows(evidence), "Findings", "Beside what the paper says: what this scale shows, and the verdict that the rule passes")),
+    return [("findings", "Findings", "".join(map(finding_html, finding_rows(evidence)))),
             ("method", "Method", f"<p>{html.escape(method_words(evidence))}</p>" + (figure_html("papers", method, []) if method else "")),
             ("families", "Six families", figures + (figure_html("storage", throttle, []) if throttle else "")),
             ("runs", "The 24 runs", scrolled(table, "The 24 runs", "Losses are held-out bits per byte, means over seeds; seconds are of the training processes")),
