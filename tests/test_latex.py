@@ -1,0 +1,186 @@
+"""What the chapters on LaTeX and normalisation can't show: any input, linear time, real sources, an independent parser."""
+import gzip, io, json, re, tarfile, time
+from pathlib import Path
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+from arxiv_study.corpus.duplicates import sketch
+from arxiv_study.corpus.latex import LatexRules, Reader, extract, find_main, n_bytes, split_formulas
+from arxiv_study.corpus.ledger import Reason
+from arxiv_study.corpus.normalize import NormalizeRules, normalize
+from arxiv_study.corpus.quality import judge_text, language_of, prose_of
+
+REAL = Path(__file__).parents[1].parent / "shared" / "arxiv"
+needs_real = pytest.mark.skipif(not REAL.exists(), reason="no ../shared/arxiv here: the test on real sources is left out")
+RULES = [LatexRules(), LatexRules(macros="expand"), LatexRules(bibliography="keep", figures="keep", labels="keep"),
+         LatexRules(citations="remove", references="remove", tables="remove", figures="remove"), LatexRules(recipe="concatenate"), LatexRules(recipe="released")]
+
+PAPER = r"""\documentclass{article} % a class
+\title{On {Rings}}\newcommand{\R}{\mathbb{R}}\def\n#1{\|#1\|}\DeclareMathOperator{\im}{im}
+\begin{document}\maketitle
+100\% of $\R$ is \n{x}, see \url{http://a.b/c%20d} and \verb|%$| and \cite[p.~1]{k}.
+\begin{verbatim}
+% not a comment $
+\end{verbatim}
+\iffalse hidden \ifx a\b c\fi\else shown\fi
+\input{part} \begin{figure}\includegraphics[w=1]{a}\caption{A {cap}.}\end{figure}
+\[ a = b % c
+\] $$x$$ \begin{align*} a &= \$ \\ b \end{align*} \label{l}
+\begin{comment} no \end{comment}
+\bibliography{b}
+\end{document} after"""
+TOKENS = [r"\begin{", r"\end{", "}", "{", "$", "$$", "\\", "\\\\", "%", "\n", "\n\n", r"\[", r"\]", r"\(", r"\iffalse", r"\fi", r"\else", r"\input{part}", r"\input ", r"\def\a", "#1",
+          r"\newcommand{\b}[2][x]", r"\a", r"\b", r"\verb|", "|", r"\url{", r"\caption{", r"\author{", "figure}", "document}", "verbatim}", "align}", r"\endinput", r"\bye", "é", "\x00", "\r", "ﬁ", " ", "\t", "x"]
+
+def books(total, added, text, removed): return total + sum(added.values()) - len(text.encode()) - sum(removed.values())
+
+def check(files):
+    total = sum(len(t.encode()) for t in files.values())
+    for rules in RULES:
+        e = extract(files, rules)
+        assert e.tex_bytes == total and books(total, e.added, e.text, e.removed) == 0
+        assert all(n >= 0 for n in (*e.removed.values(), *e.added.values()))
+        text, removed, added, _ = normalize(e.text)
+        assert books(n_bytes(e.text), added, text, removed) == 0
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=300), st.text(max_size=100))
+def test_any_text_is_read_and_accounted_for(a, b): check({"main.tex": "\\documentclass{a}\\begin{document}" + a, "part.tex": b})
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.sampled_from(TOKENS), max_size=60), st.lists(st.sampled_from(TOKENS), max_size=20), st.booleans())
+def test_any_heap_of_latex_is_read_and_accounted_for(a, b, head):
+    check({"main.tex": ("\\documentclass{a}\n\\begin{document}" if head else "") + "".join(a), "part.tex": "".join(b)})
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, len(PAPER)), st.integers(0, 12), st.sampled_from(TOKENS + [""])), max_size=8))
+def test_mutated_paper(edits):
+    text = PAPER
+    for at, n, token in edits: text = text[:at] + token + text[at + n:]
+    check({"main.tex": text, "part.tex": "A part.\\input{main}", "main.bbl": "\\begin{thebibliography}{1}\\end{thebibliography}"})
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(TOKENS + ["word ", "  ", "$a  b$", "$c\n  d$"]), max_size=60).map("".join))
+def test_normalize_keeps_formulas(text):
+    text = re.sub(r"[\x00\r]", "", text)
+    once = normalize(text, NormalizeRules())[0]
+    prose, held = split_formulas(text)
+    assert "".join(p + h for p, h in zip(prose, held + [""])) == text
+    pos = 0
+    for h in held:
+        pos = once.find(h, pos)
+        assert pos >= 0
+        pos += len(h)
+
+NAMED = ["{", "$", r"\begin{a}", "\\", "x"] # 2 MB of each, the others 0.5 MB
+WALLS = ["$$", "$ ", r"\begin{figure}", r"\begin{equation}", r"\begin{verbatim}", r"\\", "%", " ", "\n", "\t ", " \n", r"\iffalse", r"\fi", r"\author{", r"\caption{", r"\url{",
+         r"\input{", r"\input{a}", r"\verb|", r"\[", r"\(", r"\def\a{", r"\newcommand{\x}{", r"\x{", r"\x", r"\$", r"$\$", "[", r"\cite[", r"\includegraphics[", r"\end{document", r"\documentclass{", "$a$$b$", "a % b\n", "}"]
+
+@pytest.mark.parametrize("wall, size", [(w, 2_000_000) for w in NAMED] + [(w, 500_000) for w in WALLS])
+def test_no_wall_stops_the_stage(wall, size):
+    text = "\\documentclass{a}\\newcommand{\\x}[1]{#1}\n\\begin{document}\n" + wall * (size // len(wall))
+    start = time.process_time()
+    for rules in (LatexRules(), LatexRules(macros="expand")): normalize(extract({"m.tex": text}, rules).text)
+    assert time.process_time() - start < 30 # quadratic time would take hours
+
+def test_quality_and_sketch_take_any_wall():
+    for wall in ("{", "$", r"\begin{a}", "\\", "x", "x ", "\n"):
+        text = wall * (500_000 // len(wall))
+        judge_text(text); sketch(text)
+
+# ---- real sources ----
+
+def papers():
+    "(truth, files) of every source that the earlier stages keep, read by the standard library alone"
+    truth = {r["id"]: r for r in map(json.loads, (REAL / "truth.jsonl").open())}
+    for tar in sorted((REAL / "src").glob("*.tar")):
+        with tarfile.open(tar) as bulk:
+            for member in bulk:
+                row = truth.get(Path(member.name).name.rsplit(".", 1)[0])
+                if not member.isfile() or not row or row["fate"] != "source": continue
+                data = gzip.decompress(bulk.extractfile(member).read())
+                if row["container"] != "tar-gz": yield row, {"source.tex": decode(data)}; continue
+                with tarfile.open(fileobj=io.BytesIO(data)) as inner:
+                    yield row, {m.name: decode(inner.extractfile(m).read()) for m in inner if m.isfile() and ".." not in m.name}
+
+def decode(data):
+    try: return data.decode("utf-8")
+    except UnicodeDecodeError: return data.decode("latin-1")
+
+@pytest.fixture(scope="module")
+def real(): return list(papers())
+
+@needs_real
+def test_main_file_is_the_true_one(real):
+    stated = {"appledouble twins": "main.tex", "two documentclass files": "paper.tex", "circular input": "a.tex"}
+    wrong = []
+    for row, files in real:
+        want = row.get("main") or stated.get(row.get("shape"))
+        got, _ = find_main(files)
+        if got is None or len(files) > 1 and want and got != want: wrong.append((row["id"], got, want))
+    assert len(real) > 300 and not wrong
+
+@pytest.fixture(scope="module")
+def read(real): return {row["id"]: (e := extract(files), normalize(e.text)) for row, files in real}
+
+@needs_real
+def test_books_balance_on_real_sources(read):
+    for i, (e, (text, removed, added, _)) in read.items():
+        assert books(e.tex_bytes, e.added, e.text, e.removed) == 0, i
+        assert books(n_bytes(e.text), added, text, removed) == 0, i
+
+@needs_real
+@pytest.mark.parametrize("rules", RULES[1:], ids=lambda r: f"{r.recipe}-{r.macros}-{r.bibliography}-{r.citations}")
+def test_books_balance_by_other_rules(real, rules):
+    for row, files in real[::5]:
+        e = extract(files, rules)
+        assert books(e.tex_bytes, e.added, e.text, e.removed) == 0, row["id"]
+
+@needs_real
+def test_formulas_of_real_sources_keep_every_byte(read):
+    for i, (e, (text, *_)) in list(read.items())[::3]: assert split_formulas(text)[1] == split_formulas(e.text)[1], i
+
+@needs_real
+def test_at_most_one_english_paper_in_two_hundred_is_lost_to_language(read):
+    other = {"9903.00036", "9903.00037", "9903.00038", "9903.00039", "9903.00040", "9903.00045", "9903.00046", "9903.00047", # German
+             "9903.00008", "9903.00010", "9903.00011", "9903.00042", "9906.00010"} # Italian; Latin filler text
+    said = {i: language_of(prose_of(text)) for i, (_, (text, *_)) in read.items()}
+    lost = [i for i, language in said.items() if language not in ("en", "und") and i not in other]
+    assert len(lost) <= 0.005 * (len(said) - len(other)), lost
+    assert sorted(i for i in other if said[i] in ("en", "und")) == []
+
+# ---- an independent parser ----
+
+def by_pylatexenc(text):
+    "(comments, verbatim passages) as pylatexenc's parser sees them"
+    walker = pytest.importorskip("pylatexenc.latexwalker")
+    comments, verbatim = [], []
+    def visit(nodes):
+        for n in nodes or ():
+            if n is None: continue
+            if n.isNodeType(walker.LatexCommentNode): comments.append(n.comment)
+            elif n.isNodeType(walker.LatexEnvironmentNode) and n.environmentname == "verbatim": verbatim.append(n.latex_verbatim())
+            elif n.isNodeType(walker.LatexMacroNode) and n.macroname == "verb": verbatim.append(n.latex_verbatim())
+            else:
+                visit(getattr(n, "nodelist", None))
+                if getattr(n, "nodeargd", None): visit(n.nodeargd.argnlist)
+    visit(walker.LatexWalker(text).get_latex_nodes()[0])
+    return comments, verbatim
+
+WELL_FORMED = st.lists(st.sampled_from(["some words ", r"100\% ", r"a\\", "% note\n", "text % tail\n", "\\begin{verbatim}\n% code $\n\\end{verbatim}\n", r"\verb|a%b| ", r"\verb!%! ", r"\textbf{bold} ",
+                                        "$a_1$ ", "\\[ x \\]\n", r"\{ \} ", "\n\n", "  "]), max_size=25).map("".join)
+
+@settings(max_examples=150, deadline=None)
+@given(WELL_FORMED)
+def test_comments_and_verbatim_agree_with_pylatexenc(text):
+    comments, verbatim = by_pylatexenc(text)
+    reader = Reader({"m.tex": text}, "m.tex")
+    reader.read("m.tex")
+    left = "".join(reader.pieces)
+    assert by_pylatexenc(left) == ([], verbatim)
+    assert bool(comments) == bool(reader.removed["comments"])
+    assert reader.removed["comments"] >= sum(1 + len(c.encode()) for c in comments)
+
+def test_reasons():
+    assert extract({"a.tex": "no class"}).reason == Reason.no_main_file
+    assert extract({}).reason == Reason.no_main_file
+    assert extract({"a.tex": "\\documentclass{a}\\begin{document}\\maketitle\\end{document}"}).reason == Reason.no_document_text
