@@ -8,12 +8,15 @@ from tempfile import TemporaryDirectory
 
 import nbformat
 import yaml
+from arxiv_study.settings import load_settings
 from chapters import BuildError, Chapter, Links, execute, page, read_chapter
 from readme import check_readme, write_readme
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("corpus", "tokens", "model", "study")
+FAMILIES = ("study", "size", "data", "preprocessing", "tokenizer", "optimisation", "infrastructure")
 MINIATURE_PAPERS = 200 # enough for every reason of the default configuration to occur
+SMALL = ("runs/*/*/*/*.json", "runs/*/*/*/metrics.jsonl", "corpus/*/manifest.json", "corpus/*/ledger/*", "tokens/*/*.json", "tokens/*/papers.parquet")
 LOCAL = ("settings.ini", "pyproject.toml", "runs", "README.md") # what notebooks may read, beside nbs/
 
 
@@ -23,10 +26,10 @@ def find_chapters(root:Path, # repository
     "All notebooks that become pages, in reading order: nbs/ without explore/, then the families of runs/."
     nbs = root/"nbs"
     files = [(f, nbs) for f in sorted(nbs.rglob("*.ipynb")) if f.relative_to(nbs).parts[0] in (*ROOMS, f.name)]
-    files += [(f, root) for f in sorted((root/"runs").glob("*.ipynb")) if f.name != "run.ipynb"]
+    files += [(f, root) for f in sorted((root/"runs").glob("*.ipynb"), key=lambda f: (*FAMILIES, f.stem).index(f.stem)) if f.name != "run.ipynb"]
     wanted = lambda f: any(fnmatch(f.relative_to(root).as_posix(), g) or fnmatch(f.stem, g) for g in only.split(","))
     found = [read_chapter(f, root, base) for f, base in files if ".ipynb_checkpoints" not in f.parts and wanted(f)]
-    if not found: raise BuildError(f"No notebook under {nbs} matches {only}.")
+    if not found: raise BuildError(f"No notebook under nbs/ matches {only}.")
     return found
 
 def copy_tree(root:Path, work:Path):
@@ -38,6 +41,15 @@ def copy_tree(root:Path, work:Path):
     for name in LOCAL:
         if (root/name).is_dir(): shutil.copytree(root/name, tree/name, ignore=skip)
         elif (root/name).exists(): shutil.copy2(root/name, tree/name)
+
+def copy_results(root:Path, tree:Path):
+    "What finished runs left in the workspace, without texts, shards and checkpoints: the run notebooks draw from it."
+    workspace = load_settings(root/"settings.ini").workspace if (root/"settings.ini").exists() else root/"work"
+    for f in (f for pattern in SMALL for f in workspace.glob(pattern)):
+        target = tree/"work"/f.relative_to(workspace)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(f, target)
+    if (own := tree/"settings.ini").exists(): own.write_text(re.sub(r"^workspace\s*=.*$", "workspace = work", own.read_text(encoding="utf-8"), flags=re.M), encoding="utf-8")
 
 def execute_all(chapters:list[Chapter], root:Path, work:Path, jobs:int, timeout_s:int)->dict[str, nbformat.NotebookNode]:
     "Executed notebooks by page; every failure is collected and named, not only the first."
@@ -86,7 +98,7 @@ def root_entries(chapters, root:Path)->list[str]:
     if any((root/"runs").glob("R*.yaml")): rooms.append("runs")
     return [f"{r}/index" for r in rooms] + ["foundation"]
 
-def toctree(entries)->str: return "\n".join(["```{toctree}", ":hidden:", "", *entries, "```"])
+def toctree(entries)->str: return "\n".join(["```{toctree}", ":hidden:", "", *entries, "```"]) if entries else ""
 
 def generated_pages(chapters, root:Path, work:Path)->dict[str, str]:
     "Pages no notebook writes: index pages that are missing, the foundation, the table of reasons."
@@ -168,8 +180,9 @@ def build(root:Path, # repository
          )->int: # pages
     "Execute, transform, render, check, and only then replace `out`."
     start, work = time.monotonic(), root/"_build"/"docs"
-    chapters = find_chapters(root, only)
     copy_tree(root, work)
+    copy_results(root, work/"tree")
+    chapters = find_chapters(work/"tree", only)
     print(f"executing {len(chapters)} notebooks, {jobs} at a time", flush=True)
     executed = execute_all(chapters, root, work, jobs, timeout_s)
     print(f"rendering, {time.monotonic() - start:.0f} s so far", flush=True)

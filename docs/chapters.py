@@ -13,7 +13,7 @@ from fastcore.nbio import read_nb
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbdev.process import NBProcessor
-from nbdev.processors import add_show_docs, clean_magics, filter_stream_, hide_line, strip_ansi
+from nbdev.processors import add_show_docs, filter_stream_, hide_line, strip_ansi
 
 EXPORTS, UNSEEN, UNRUN = {"export", "exports", "exporti"}, {"hide", "default_exp"}, {"notest", "slow"}
 OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"]
@@ -105,11 +105,33 @@ def reader_tags(cell)->list[str]:
 def execution_key(chapter:Chapter, root:Path)->str:
     "Changes when anything that a figure could depend on changes: notebook, library, run files, settings, packages, this builder."
     files = [chapter.source, Path(__file__), root/"settings.ini", *sorted((root/"arxiv_study").rglob("*.py")), *sorted((root/"runs").rglob("*.yaml"))]
-    if chapter.rel.parts[0] == "runs": files += sorted(p for p in (root/"runs"/"results").rglob("*") if p.is_file())
+    if is_run(chapter): files += [*sorted(p for p in (root/"runs"/"results").rglob("*") if p.is_file()), *finished_runs(chapter)]
     sha = hashlib.sha256("".join([sys.version, *(version(p) for p in ("torch", "plotly", "polars", "nbdev"))]).encode())
     for f in files:
         if f.exists(): sha.update(f.name.encode() + f.read_bytes())
     return sha.hexdigest()[:16]
+
+def is_run(chapter:Chapter)->bool: return chapter.rel.parts[0] == "runs"
+
+def finished_runs(chapter:Chapter)->list[Path]:
+    "Results that the build found in the workspace."
+    return sorted((chapter.source.parents[1]/"work"/"runs").rglob("result.json"))
+
+def reading_only(nb:nbformat.NotebookNode)->nbformat.NotebookNode:
+    "A family notebook executes what its workspace lacks; the site only reads."
+    rule = "from arxiv_study.study.report import open_evidence\nopen_family = lambda family, namespace: open_evidence(namespace)[:2]"
+    at = next((i + 1 for i, c in enumerate(nb.cells) if c.cell_type == "code" and "import" in c.source and "open_family" in c.source), None)
+    if at: nb.cells.insert(at, code_cell(rule, "unseen"))
+    return nb
+
+NO_RUNS = """:::{note}
+This site was built where no run had finished, so the figures are missing. `make study`, then `make docs`, puts them here.
+:::"""
+
+def without_runs(nb:nbformat.NotebookNode)->nbformat.NotebookNode:
+    "The notebook as written, and why it has no outputs."
+    nb.cells.insert(2, nbformat.v4.new_markdown_cell(NO_RUNS))
+    return nb
 
 def execute(chapter:Chapter, # what to run
             root:Path, # repository
@@ -120,6 +142,8 @@ def execute(chapter:Chapter, # what to run
     kept = work/"executed"/f"{chapter.page.replace('/', '.')}-{execution_key(chapter, root)}.ipynb"
     if kept.exists(): return nbformat.read(kept, as_version=4)
     nb = with_documentation(chapter)
+    if is_run(chapter) and not finished_runs(chapter): return without_runs(nb)
+    if is_run(chapter): nb = reading_only(nb)
     folder = work/"tree"/chapter.rel.parent
     client = NotebookClient(nb, timeout=timeout_s, resources={"metadata": {"path": str(folder)}},
                             skip_cells_with_tag="skip-execution", extra_arguments=["--log-level=ERROR"])
@@ -127,6 +151,7 @@ def execute(chapter:Chapter, # what to run
         if any(c.cell_type == "code" for c in nb.cells[1:]): client.execute(env=kernel_environment(root))
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
         raise BuildError(failure(chapter, nb, e)) from None
+    nb = nbformat.from_dict(json.loads(json.dumps(nb).replace(json.dumps(str(work/"tree"))[1:-1] + "/", "")))
     kept.parent.mkdir(parents=True, exist_ok=True)
     for old in kept.parent.glob(f"{chapter.page.replace('/', '.')}-*.ipynb"): old.unlink()
     part = kept.with_suffix(".part")
@@ -158,7 +183,7 @@ def failed_cell(chapter:Chapter, nb)->tuple[str, int]:
 
 def page(chapter:Chapter, nb:nbformat.NotebookNode, links:"Links")->nbformat.NotebookNode:
     "The notebook that myst-nb renders: title block, prose with links, documentation, folded source, outputs."
-    nb = NBProcessor(nb=read_nb_dict(nb), procs=[strip_ansi, hide_line, filter_stream_, clean_magics], rm_directives=True, process=True).nb
+    nb = NBProcessor(nb=read_nb_dict(nb), procs=[strip_ansi, hide_line, filter_stream_], rm_directives=True, process=True).nb
     cells, level, titled = [], 1, False
     for group in grouped(nb.cells):
         head = group[0]
@@ -189,7 +214,7 @@ def reader_cells(group, level:int, chapter, links)->list:
     outputs = [reader_output(o) for o in cell.get("outputs", [])]
     tags = [t for t in cell.metadata.get("tags", []) if t not in ("exported", "skip-execution")]
     if "exported" not in cell.metadata.get("tags", []):
-        if all_imports(cell.source) and not outputs: return [shown(cell.source, [], [*tags, "hide-input"], "Imports of the examples")]
+        if all_imports(cell.source) and not outputs: return [shown(cell.source, [], [*tags, "hide-input"], "Imports")]
         return [shown(cell.source, outputs, tags)]
     if all_imports(cell.source): return []
     names = defined_names(cell.source) or assigned_names(cell.source)
@@ -230,6 +255,7 @@ def tidy_signature(markdown:str, name:str)->str:
     first, *rest = doc.split("\n", 1)
     if len(first) > 2 and first.startswith("*") and first.endswith("*") and not first.startswith("**"): first = first[1:-1]
     code = re.sub(r" at 0x[0-9a-f]+", "", code).replace("__main__.", "")
+    code = re.sub(r"(?<=[:>\[|, ])(?:[a-z_]\w*\.)+(?=[A-Z])", "", code) # pathlib.Path and longer paths: the class says it
     if name[0].isupper() and "." not in name: code = re.sub(rf"^def {name}\(", f"class {name}(", code, flags=re.M)
     if re.search(r"\(\s*\*args, \*\*kw(d|arg)s\s*\)", code): code = ""
     return "\n\n".join(p for p in (code, "\n".join([first, *rest])) if p.strip())

@@ -38,16 +38,24 @@
 
   const draw = (figure, fig) => {
     const canvas = figure.querySelector(".plot-canvas"), { data, layout } = themed(fig);
+    const width = canvas.clientWidth, narrow = width < 560, entries = data.filter(t => t.name && t.showlegend !== false).length;
     const title = typeof layout.title === "string" ? { text: layout.title } : layout.title;
-    if (title?.text && !title.text.includes("<br>")) {
-      const text = fold(title.text, Math.max(24, Math.floor(canvas.clientWidth / 9)));
-      layout.title = { ...title, text };
-      const extra = text.split("<br>").length - 1;
-      if (extra) layout.margin = { ...layout.margin, t: (layout.margin?.t ?? 80) + 20 * extra };
+    let lines = 1;
+    if (title?.text && !title.text.includes("<br>")) {  // room beside the title for the buttons, which narrow pages go without
+      layout.title = { ...title, text: fold(title.text, Math.max(24, Math.floor((width - (narrow ? 0 : 220)) / 8.6))) };
+      lines = layout.title.text.split("<br>").length;
     }
-    if (canvas.clientWidth < 560) layout.legend = { ...layout.legend, orientation: "h", x: 0, xanchor: "left", y: -0.35, yanchor: "top" };
-    return Plotly.react(canvas, structuredClone(data), layout, 
-      { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "", modeBarButtonsToRemove: ["select2d", "lasso2d"] });
+    const margin = { ...layout.margin };
+    if (lines > 1) margin.t = (margin.t ?? 80) + 20 * (lines - 1);
+    if (narrow && entries > 1 && layout.showlegend !== false) {  // the legend between title and plot, and the figure as much taller
+      layout.legend = { ...layout.legend, orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom", yref: "paper", xref: "paper" };
+      layout.title = { ...layout.title, y: 0.98, yref: "container", yanchor: "top" };
+      margin.t = 30 + 22 * lines + 24 * entries;
+      layout.height = (layout.height ?? 450) + 24 * entries + 60;
+    }
+    if (Object.keys(margin).length) layout.margin = margin;
+    return Plotly.react(canvas, structuredClone(data), layout,
+      { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "", displayModeBar: narrow ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d"] });
   };
 
   // The table behind a figure is made from what Plotly drew, when somebody opens it.
