@@ -142,7 +142,7 @@ def test_formulas_of_real_sources_keep_every_byte(read):
 @needs_real
 def test_at_most_one_english_paper_in_two_hundred_is_lost_to_language(read):
     other = {"9903.00036", "9903.00037", "9903.00038", "9903.00039", "9903.00040", "9903.00045", "9903.00046", "9903.00047", # German
-             "9903.00008", "9903.00010", "9903.00011", "9903.00042", "9906.00010"} # Italian; Latin filler text
+             "9903.00008", "9903.00010", "9903.00011", "9903.00042"} # Italian; Latin filler text. 9906.00010, English and Latin filler, counts as lost
     said = {i: language_of(prose_of(text)) for i, (_, (text, *_)) in read.items()}
     lost = [i for i, language in said.items() if language not in ("en", "und") and i not in other]
     assert len(lost) <= 0.005 * (len(said) - len(other)), lost
