@@ -73,7 +73,7 @@ class Block(nn.Module):
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_TK, sin_TK)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
-# %% ../../nbs/model/01_transformer.ipynb #ee32fbbc
+# %% ../../nbs/model/01_transformer.ipynb #cceb239c
 class Recomputed(torch.autograd.Function):
     "A block that is run again in the backward pass instead of keeping its activations"
     @staticmethod
@@ -86,8 +86,8 @@ class Recomputed(torch.autograd.Function):
     def backward(ctx, gradient_BTD: Tensor):
         x_BTD, cos_TK, sin_TK = ctx.saved_tensors
         x_BTD = x_BTD.detach().requires_grad_()
-        with torch.enable_grad(): y_BTD = ctx.block(x_BTD, cos_TK, sin_TK)
-        torch.autograd.backward(y_BTD, gradient_BTD)
+        with torch.enable_grad(): total = (ctx.block(x_BTD, cos_TK, sin_TK) * gradient_BTD).sum()
+        total.backward()  # as with the gradient as argument, which makes autograd import sympy for 0.6 s
         return None, x_BTD.grad, None, None
 
 # %% ../../nbs/model/01_transformer.ipynb #cb4a61b7
