@@ -41,7 +41,11 @@ def test_no_arxiv_set(tmp_path):
 
 def test_folder_that_is_no_arxiv(tmp_path):
     (tmp_path/"empty").mkdir()
-    assert_one_sentence(call("corpus", "--arxiv", tmp_path/"empty", "--out", tmp_path/"out"), 1, "arxiv-metadata-oai-snapshot.json")
+    assert_one_sentence(call("corpus", "--arxiv", tmp_path/"empty", "--out", tmp_path/"out"), 1, "empty", "arXiv_src_")
+
+def test_no_snapshot(own_arxiv, tmp_path):
+    (own_arxiv/"arxiv-metadata-oai-snapshot.json").unlink()
+    assert_one_sentence(call("corpus", "--arxiv", own_arxiv, "--out", tmp_path/"out"), 1, "arxiv-metadata-oai-snapshot.json")
 
 def test_empty_snapshot(own_arxiv, tmp_path):
     (own_arxiv/"arxiv-metadata-oai-snapshot.json").write_bytes(b"")
