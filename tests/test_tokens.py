@@ -345,3 +345,14 @@ def test_round_trip_of_real_sources(home):
             assert tokenizer.decode(tokenizer.encode(text)) == text
             n += len(text)
     assert n
+
+
+@pytest.mark.peer
+def test_the_fast_tokenizer_has_equal_ids(home):
+    pytest.importorskip("tokenizers", reason="the package tokenizers is not installed (extra export)")
+    from arxiv_study.tokens.exchange import differing, fast_tokenizer
+    texts = pl.read_parquet(home/"corpus"/"text"/"part-000.parquet")["text"].to_list()
+    texts += ["", " ", "  a \u2581\U0010FFFD \u00e9\n\n\n", r"\\in\unheardof\ x\{\}", "\\", "\x00\t\r\n", "\u4e2d\u6587 \U0001F40C"]
+    for kind in "domain", "plain":
+        tokenizer = Tokenizer.load(home/kind)
+        assert differing(tokenizer, fast_tokenizer(tokenizer), texts) == []

@@ -19,7 +19,7 @@ from ..storage import file_sha256, read_json
 from .indexed import Shard
 from .tokenizer import Tokenizer, mix64, scan_papers, seed_order
 
-# %% ../../nbs/tokens/04_batches.ipynb #8191e185
+# %% ../../nbs/tokens/04_batches.ipynb #7962e5ce
 ROUNDS = 6
 
 def _feistel(x:np.ndarray, half:int, keys:np.ndarray)->np.ndarray:
@@ -37,7 +37,7 @@ def shuffled(positions, # positions in the shuffle, 0 to n-1
     x, key = np.array(positions, np.uint64), np.zeros(1, np.uint64)
     for seed in seeds: key = mix64(key ^ np.array([seed], np.uint64))
     keys = mix64(key + np.arange(ROUNDS, dtype=np.uint64))
-    half = max(1, math.ceil((n-1).bit_length() / 2))
+    half = max(3, math.ceil((n-1).bit_length() / 2))  # halves of fewer bits scramble too little
     x = _feistel(x, half, keys)
     while (outside := x >= n).any(): x[outside] = _feistel(x[outside], half, keys)
     return x.astype(np.int64)
