@@ -94,8 +94,6 @@ def test_papermill_by_hand(here):
 def test_unknown_parameters_are_refused(here):
     answer = papermill(here, "-f", str(short_run(here)), "-p", "learning_rate", "3")
     assert answer.returncode != 0 and "unknown parameter 'learning_rate'" in answer.stderr
-    answer = papermill(here, "-f", str(here/"runs"/"R07.yaml"), "-y", "change: {training.lr_multiplier: 4}")
-    assert answer.returncode != 0 and "another change" in answer.stderr
 
 def test_a_failed_run_leaves_its_page_and_the_study_goes_on(here, monkeypatch):
     "R02 and R17 are shortened; R17 first asks for papers of a year that has not come."
@@ -144,8 +142,9 @@ def test_killed_executor_leaves_no_process(here):
 def test_report_of_what_is_there(here, monkeypatch):
     from arxiv_study.study.report import write_report
     monkeypatch.chdir(here)
-    text = write_report(here/"work", "smoke", load_settings()).read_text()
-    assert "cannot tell at this scale" in text and "smoke" in text and "Plotly.newPlot" in text
+    from plotly.offline import get_plotlyjs
+    text = write_report(here/"work", "smoke", load_settings()).read_text().replace(get_plotlyjs(), "PLOTLY")
+    assert "cannot tell at this scale" in text and "smoke" in text and "PLOTLY" in text and "Plotly.newPlot" in text
     assert 'src="http' not in text and 'href="http' not in text
 
 def test_imports_load_no_torch():
