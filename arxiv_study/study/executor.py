@@ -144,8 +144,8 @@ def budget(config:RunConfig, prepared:Prepared)->dict: # context, steps, tokens,
     enough = unique+context < read_json(prepared.tokens/"shards.json")["train_tokens"]
     return dict(context=context, steps=steps, tokens=served, unique_tokens=unique if enough and b["layout"] == "packed" else None)
 
-# %% ../../nbs/study/03_executor.ipynb #859a89ef
-TRAINING_NAMES = ("lr_hidden_at_2048", "lr_other", "lr_multiplier", "schedule", "warmup_fraction", "decay_fraction", "clip", "weight_decay",
+# %% ../../nbs/study/03_executor.ipynb #d1f8a22f
+TRAINING_NAMES = ("lr_hidden_at_2048", "lr_other", "lr_multiplier", "schedule", "decay_fraction", "clip", "weight_decay",
                   "zero_stage", "activation_checkpointing", "precision", "max_seconds")
 
 def launch_config(config:RunConfig, prepared:Prepared)->dict:
@@ -153,12 +153,13 @@ def launch_config(config:RunConfig, prepared:Prepared)->dict:
     now, b, t = budget(config, prepared), config.batches, config.training
     vocab_size = read_json(prepared.tokens/"shards.json")["vocab_size"]
     branches = [n for n in t["branches"] if n < .99*now["tokens"]]
+    warmup = round(t["warmup_fraction"]*min(now["steps"], BASELINES[config.scale]["training"]["tokens"]/t["tokens_per_step"]))
     batches = {k: b[k] for k in ("rows", "accumulation", "order", "layout", "source", "throttle_mb_per_s")}
     return {"id": config.id, "scale": config.scale, "seed": config.seed, "corpus_dir": str(prepared.corpus), "tokens_dir": str(prepared.tokens),
             "eval": {"corpus_dir": str(prepared.baseline_corpus), "split": "val", "n_bytes": config.evaluation["n_bytes"]},
             "model": asdict(model_config(config.model, now["context"], vocab_size)),
             "batches": batches | {"context": now["context"], "unique_tokens": now["unique_tokens"], "budget_tokens": now["tokens"], "seed": config.seed},
-            "training": {k: t[k] for k in TRAINING_NAMES} | {"steps": now["steps"], "branch_tokens": branches, "seed": config.seed}}
+            "training": {k: t[k] for k in TRAINING_NAMES} | {"steps": now["steps"], "warmup_steps": warmup, "branch_tokens": branches, "seed": config.seed}}
 
 def disagreement(asked:dict, recorded:dict)->str|None: # dotted name, None if they agree
     "The first asked value that was recorded otherwise; where the workspace lies does not matter."
