@@ -10,13 +10,14 @@ SITE ?= _site
 # make study ARXIV=DIR SCALE=desk WORKSPACE=DIR ARGS="--only R01,R02"
 STUDY = $(if $(ARXIV),--arxiv "$(ARXIV)") $(if $(SCALE),--scale "$(SCALE)") $(if $(WORKSPACE),--workspace "$(WORKSPACE)") $(ARGS)
 
-.PHONY: help install study test docs lab clean
+.PHONY: help install study test docs lab clean clean-notebooks
 
 help:
 	@echo "make study   arXiv sources in, a finished study out (ARXIV=DIR SCALE=smoke|desk WORKSPACE=DIR ARGS=...)"
 	@echo "make test    nbdev-test and pytest"
 	@echo "make docs    the site, in $(SITE)/"
 	@echo "make lab     JupyterLab on nbs/"
+	@echo "make clean-notebooks   clears outputs, as notebooks are committed"
 	@echo "make clean   removes $(VENV) and $(SITE), keeps the workspace"
 
 install: $(VENV)/installed
@@ -40,6 +41,12 @@ docs: install
 
 lab: install
 	$(BIN)/arxiv-study lab
+
+# nbdev-clean keeps outputs and, with clear_all, drops papermill's tag: so outputs are cleared apart from it.
+clean-notebooks: install
+	$(BIN)/python -m nbconvert --clear-output --inplace --log-level=ERROR nbs/*.ipynb nbs/*/*.ipynb runs/*.ipynb
+	$(BIN)/nbdev-clean
+	for notebook in runs/*.ipynb; do $(BIN)/nbdev-clean --fname $$notebook; done
 
 clean:
 	rm -rf $(VENV) $(SITE)
