@@ -41,6 +41,8 @@ def check_runs(workspace):
         status, result = (json.loads((f/name).read_text()) for name in ("status.json", "result.json"))
         assert status["state"] == "done" and status["outcome"] in ("trained", "diverged"), f"{f}: {status}"
         assert (f/f"{f.parent.name}.ipynb").is_file(), f"{f} has no notebook"
+        parts = sum(s for name, s in result["time"].items() if name not in ("total_s", "train_s"))
+        assert parts <= 1.02*result["time"]["total_s"] + .1, f"{f}: the parts of the time are more than the whole, {result['time']}"
         if status["outcome"] == "trained": assert result["heldout"]["bits_per_byte"] < 8, f"{f}: worse than a coin"
     baseline = json.loads((workspace/"runs"/"smoke"/"R03"/"s0"/"result.json").read_text())
     assert baseline["heldout"]["bits_per_byte"] < baseline["unigram_byte_bits"], "the baseline did not learn more than byte frequencies"
