@@ -140,8 +140,11 @@ def test_killed_executor_leaves_no_process(here):
     assert family and not psutil.wait_procs(family, timeout=30)[1]
 
 def test_report_of_what_is_there(here, monkeypatch):
+    from arxiv_study.study.executor import execute_study
     from arxiv_study.study.report import write_report
     monkeypatch.chdir(here)
+    (here/"runs"/"R02.yaml").write_text((ROOT/"runs"/"R02.yaml").read_text() + "  training.tokens: 8192\n")
+    execute_study(load_settings(), only=("R02",))    # skipped where an earlier test has done it
     from plotly.offline import get_plotlyjs
     text = write_report(here/"work", "smoke", load_settings()).read_text().replace(get_plotlyjs(), "PLOTLY")
     assert "cannot tell at this scale" in text and "smoke" in text and "PLOTLY" in text and "Plotly.newPlot" in text

@@ -103,7 +103,7 @@ def method_words(evidence:Evidence)->str:
             "Each run changes one thing against the run it names as its base and is measured in bits per byte on the same held-out text. "
             f"Effects are paired by seed; the rules that turn an interval into a verdict were fixed before anything was run. {counted}")
 
-# %% ../../nbs/study/09_report.ipynb #cc7f1695
+# %% ../../nbs/study/09_report.ipynb #0722aa1c
 STYLE = """
 :root{--ink:#1b1f24;--soft:#5b6470;--line:#d5dae0;--page:#fff;--band:#f5f7f9;--link:#0b5394}
 *{box-sizing:border-box} body{margin:0 auto;max-width:1080px;padding:2rem 1.25rem 4rem;font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--page)}
@@ -123,7 +123,7 @@ details{margin:.4rem 0} summary{cursor:pointer;color:var(--link)} code{font-size
 SCRIPT = """
 const table = key => document.querySelector('#' + key + ' table');
 function draw(key){const f = JSON.parse(document.getElementById(key + '-data').textContent);
-  Plotly.newPlot(document.querySelector('#' + key + ' .plot'), f.data, f.layout, {responsive:true, displaylogo:false});}
+  Plotly.newPlot(document.querySelector('#' + key + ' .plot'), f.data, f.layout, {responsive:true, displaylogo:false, showSendToCloud:false, plotlyServerURL:""});}
 function csv(key){const rows = [...table(key).rows].map(r => [...r.cells].map(c => '"' + c.textContent.replaceAll('"', '""') + '"').join(','));
   save(key + '.csv', URL.createObjectURL(new Blob([rows.join('\\n') + '\\n'], {type:'text/csv'})));}
 function save(name, href){const a = document.createElement('a'); a.href = href; a.download = name; a.click();}
