@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SITE ?= _site
+# export adds transformers, against which the peer tests compare.
+EXTRAS ?= dev,docs
 
 # make study ARXIV=DIR SCALE=desk WORKSPACE=DIR ARGS="--only R01,R02"
 STUDY = $(if $(ARXIV),--arxiv "$(ARXIV)") $(if $(SCALE),--scale "$(SCALE)") $(if $(WORKSPACE),--workspace "$(WORKSPACE)") $(ARGS)
@@ -25,7 +27,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "installing into $(VENV), pinned by constraints.txt: some minutes and about 2 GB the first time"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@start=$$SECONDS; $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"; \
+	@start=$$SECONDS; $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"; \
 	  echo "installed in $$((SECONDS-start)) s, $$(du -sh $(VENV) | cut -f1)"
 	@touch $@
 

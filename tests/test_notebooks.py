@@ -1,5 +1,5 @@
 """Notebooks as they are committed: no outputs, no execution counts, and the tags that papermill needs."""
-import json, subprocess
+import json, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -25,5 +25,5 @@ def test_cleaning_keeps_the_tag(tmp_path):
     (tmp_path/"nbs").mkdir()
     copy = tmp_path/"nbs"/"run.ipynb"
     copy.write_text((ROOT/"runs"/"run.ipynb").read_text())
-    subprocess.run(["nbdev-clean", "--fname", str(copy)], cwd=tmp_path, check=True)
+    subprocess.run([Path(sys.executable).with_name("nbdev-clean"), "--fname", str(copy)], cwd=tmp_path, check=True)
     assert any("parameters" in c["metadata"].get("tags", []) for c in code_cells(copy))
