@@ -5,6 +5,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Named by content: nbdev-export touches pyproject.toml without changing it.
+INSTALLED := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 SITE ?= _site
 # export adds transformers, against which the peer tests compare.
 EXTRAS ?= dev,docs
@@ -22,9 +24,9 @@ help:
 	@echo "make clean-notebooks   clears outputs, as notebooks are committed"
 	@echo "make clean   removes $(VENV) and $(SITE), keeps the workspace"
 
-install: $(VENV)/installed
+install: $(INSTALLED)
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(INSTALLED):
 	@echo "installing into $(VENV), pinned by constraints.txt: some minutes and about 2 GB the first time"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@start=$$SECONDS; $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"; \
