@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['rank_environment', 'Tail', 'stop', 'ending', 'launch', 'start_ranks', 'follow']
 
-# %% ../../nbs/model/08_launch.ipynb #2468df9a
+# %% ../../nbs/model/08_launch.ipynb #a798c50d
 import os, signal, subprocess, sys, time, uuid
 from pathlib import Path
+from .configuration import read_run
 from ..settings import StudyError
 from ..storage import read_json, write_json
 
@@ -62,7 +63,7 @@ def ending(
     "How a process ended, in words"
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
-# %% ../../nbs/model/08_launch.ipynb #14a09017
+# %% ../../nbs/model/08_launch.ipynb #457a653d
 def launch(
     config_path: Path,  # the run's config.json
     run_dir: Path,  # where the run writes
@@ -71,7 +72,8 @@ def launch(
     resume: bool = False,
     poll_s: float = 0.1,
 ) -> dict:  # result.json
-    "Train a run on several ranks and wait for its result"
+    "Train a run on several ranks and wait for its result; what cannot be read starts nothing"
+    read_run(config_path)
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     if not resume: (run_dir / "metrics.jsonl").unlink(missing_ok=True)
