@@ -214,7 +214,7 @@ def conditional_spans(
             if not depth: return hidden + [(start if begin is not None else m.start(), m.end())]
     return None
 
-# %% ../../nbs/corpus/04_latex.ipynb #85d9b7e1
+# %% ../../nbs/corpus/04_latex.ipynb #6d30c2ad
 @dataclass
 class Reader:
     "Reads a document through its inputs; what it leaves out is counted by rule"
@@ -227,6 +227,7 @@ class Reader:
 
     def __post_init__(self):
         self.pieces, self.stack, self.seen, self.ended, self.failures = [], [], set(), False, 0
+        self.later = [[]] # for each open file: the \fi of second branches, cut when the walk comes to them
         self.budget = 4 * sum(map(len, self.files.values())) + 100_000
         verbatim, hidden = [], []
         for text in self.files.values():
@@ -241,52 +242,7 @@ class Reader:
         "Leave out `text[start:end]`, under the name of a rule"
         if end > start: self.removed[rule] += n_bytes(text[start:end])
 
-# %% ../../nbs/corpus/04_latex.ipynb #7b206dff
-@patch
-def read(self:Reader,
-    path:str, # a member
-)->None: # pieces are appended to `self.pieces`
-    "Read one file, and what it includes"
-    text = self.opened(path)
-    kept, absent = self.body_start(path, text), set()
-    self.stack.append(path)
-    for cuts in self.stops(text, kept, absent):
-        for a, b, rule, target in cuts:
-            a = max(a, kept)
-            self.pieces.append(text[kept:a])
-            self.remove(text, a, b, rule)
-            kept = b
-            if target: self.read(target)
-        if self.ended: break
-    self.stack.pop()
-    if self.ended: self.remove(text, kept, len(text), "after_end")
-    else: self.pieces.append(text[kept:])
-
-@patch
-def stops(self:Reader,
-    text:str, # a file
-    pos:int, # where to start
-    absent:set, # closers known to be absent
-)->list: # yields the cuts of each stop: (start, end, rule, file to read there)
-    "Walk from stop to stop: the next percent sign or the next match of the scanner, whichever is first"
-    percent, m = text.find("%", pos), self.scanner.search(text, pos)
-    while percent >= 0 or m:
-        if 0 <= percent and not (m and m.start() < percent):
-            pos, cuts = self.at_comment(text, percent)
-        else:
-            pos, cuts = self.at_match(text, m, absent)
-        yield cuts
-        if 0 <= percent < pos: percent = text.find("%", pos)
-        if m and m.start() < pos: m = self.scanner.search(text, pos)
-
-@patch
-def at_match(self:Reader, text, m, absent):
-    "Do what the scanner's match asks for; answers where to go on, and what to cut"
-    start, kind = m.start(), m.lastgroup
-    if start and text[start - 1] == "\\" and escaped(text, start): return start + 1, []
-    if kind is None or kind == "delim": return m.end(), []
-    return getattr(self, f"at_{kind}")(text, m, absent)
-
+# %% ../../nbs/corpus/04_latex.ipynb #6b5e2f1b
 @patch
 def opened(self:Reader, path):
     "The text of a member with its line ends made \\n; a second reading adds its bytes"
@@ -309,7 +265,60 @@ def body_start(self:Reader, path, text):
     self.remove(text, 0, m.end(), "preamble")
     return m.end()
 
-# %% ../../nbs/corpus/04_latex.ipynb #9498d8ad
+# %% ../../nbs/corpus/04_latex.ipynb #f111773c
+@patch
+def stops(self:Reader,
+    text:str, # a file
+    pos:int, # where to start
+    absent:set, # closers known to be absent
+)->list: # yields the cuts of each stop: (start, end, rule, file to read there)
+    "Walk from stop to stop: the next percent sign, match of the scanner or awaited \\fi, whichever is first"
+    percent, m, later = text.find("%", pos), self.scanner.search(text, pos), self.later[-1]
+    while percent >= 0 or m or later:
+        if later and not 0 <= percent < later[0][0] and not (m and m.start() < later[0][0]):
+            start, end = later.pop(0)
+            if start < pos: continue # inside something that was stepped over
+            pos, cuts = end, [(start, end, "iffalse", None)]
+        elif 0 <= percent and not (m and m.start() < percent):
+            pos, cuts = self.at_comment(text, percent)
+        else:
+            pos, cuts = self.at_match(text, m, absent)
+        yield cuts
+        if 0 <= percent < pos: percent = text.find("%", pos)
+        if m and m.start() < pos: m = self.scanner.search(text, pos)
+
+@patch
+def at_match(self:Reader, text, m, absent):
+    "Do what the scanner's match asks for; answers where to go on, and what to cut"
+    start, kind = m.start(), m.lastgroup
+    if start and text[start - 1] == "\\" and escaped(text, start): return start + 1, []
+    if kind is None or kind == "delim": return m.end(), []
+    return getattr(self, f"at_{kind}")(text, m, absent)
+
+# %% ../../nbs/corpus/04_latex.ipynb #9daa0d9a
+@patch
+def read(self:Reader,
+    path:str, # a member
+)->None: # pieces are appended to `self.pieces`
+    "Read one file, and what it includes"
+    text = self.opened(path)
+    kept, absent = self.body_start(path, text), set()
+    self.stack.append(path)
+    self.later.append([])
+    for cuts in self.stops(text, kept, absent):
+        for a, b, rule, target in cuts:
+            a = max(a, kept)
+            self.pieces.append(text[kept:a])
+            self.remove(text, a, b, rule)
+            kept = b
+            if target: self.read(target)
+        if self.ended: break
+    self.stack.pop()
+    self.later.pop()
+    if self.ended: self.remove(text, kept, len(text), "after_end")
+    else: self.pieces.append(text[kept:])
+
+# %% ../../nbs/corpus/04_latex.ipynb #ba886771
 @patch
 def at_comment(self:Reader, text, i):
     "A comment goes, a `\\%` stays"
@@ -345,7 +354,8 @@ def at_conditional(self:Reader, text, m, absent):
     r"`\iffalse ... \fi` goes, a second branch stays; one that is never closed stays whole"
     spans = conditional_spans(text, m.start()) if self.failures < 20 else None
     if spans is None: self.failures += 1; self.repairs["iffalse_open"] += 1; return m.end(), []
-    return spans[0][1], [(a, b, "iffalse", None) for a, b in spans]
+    self.later[-1][:0] = spans[1:]
+    return spans[0][1], [(*spans[0], "iffalse", None)]
 
 # %% ../../nbs/corpus/04_latex.ipynb #c86ef825
 @patch
@@ -789,7 +799,33 @@ def substitute(
         return arg + " " if body[m.end():m.end() + 1].isalpha() and CONTROL_WORD.search(arg) else arg
     return PARAMETER.sub(one, body)
 
-# %% ../../nbs/corpus/04_latex.ipynb #378926cf
+# %% ../../nbs/corpus/04_latex.ipynb #5f45ced7
+@patch
+def define(self:Expander, text, start):
+    "Take note of a definition; answers where it ends"
+    m = DEFINE.match(text, start)
+    if not m or self.failures >= 50: return start + 4
+    name, macro, end = definition(text, m)
+    if macro is None and end == m.end(): self.failures += 1
+    if m["command"] == "providecommand" and name in self.macros: return end
+    self.macros[name] = macro
+    self.bodies.clear()
+    return end
+
+@patch
+def use(self:Expander, text, m, active):
+    "(what takes the place of a use, where the use ends), None where it is left"
+    name, body = m["name"], self.body(m["name"], active)
+    args, end = (None, 0) if body is None or len(active) > 30 or self.room < 0 else self.arguments(text, m.end(), self.macros[name])
+    if args is None: self.repairs["macros_left"] += not active; return None
+    new = substitute(body, [self.expand(a, 0, (*active, name)) if "\\" in a else a for a in args])
+    if m.start() and text[m.start() - 1] in "^_" and len(new) > 1: new = "{%s}" % new
+    if CONTROL_WORD.search(new[-50:]) and text[end:end + 1].isalpha(): new += " "
+    self.room -= len(new)
+    self.repairs["macros_expanded"] += not active
+    return new, end
+
+# %% ../../nbs/corpus/04_latex.ipynb #9f36c7aa
 @patch
 def expand(self:Expander,
     text:str, # LaTeX
@@ -809,31 +845,6 @@ def expand(self:Expander,
             kept = pos = new[1]
     pieces.append(text[kept:])
     return "".join(pieces)
-
-@patch
-def use(self:Expander, text, m, active):
-    "(what takes the place of a use, where the use ends), None where it is left"
-    name, body = m["name"], self.body(m["name"], active)
-    args, end = (None, 0) if body is None or len(active) > 30 or self.room < 0 else self.arguments(text, m.end(), self.macros[name])
-    if args is None: self.repairs["macros_left"] += not active; return None
-    new = substitute(body, [self.expand(a, 0, (*active, name)) if "\\" in a else a for a in args])
-    if m.start() and text[m.start() - 1] in "^_" and len(new) > 1: new = "{%s}" % new
-    if CONTROL_WORD.search(new[-50:]) and text[end:end + 1].isalpha(): new += " "
-    self.room -= len(new)
-    self.repairs["macros_expanded"] += not active
-    return new, end
-
-@patch
-def define(self:Expander, text, start):
-    "Take note of a definition; answers where it ends"
-    m = DEFINE.match(text, start)
-    if not m or self.failures >= 50: return start + 4
-    name, macro, end = definition(text, m)
-    if macro is None and end == m.end(): self.failures += 1
-    if m["command"] == "providecommand" and name in self.macros: return end
-    self.macros[name] = macro
-    self.bodies.clear()
-    return end
 
 # %% ../../nbs/corpus/04_latex.ipynb #672009d6
 def expand_macros(
