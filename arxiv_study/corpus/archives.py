@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEX_ENDINGS', 'OTHER_ENDINGS', 'Limits', 'is_binary', 'container_of', 'refusal', 'looks_like_tex',
            'declared_encoding', 'decode', 'Source', 'read_source', 'paper_id', 'read_bulk_tar', 'TarEntry',
-           'read_manifest', 'check_tar', 'SourceSet', 'loose_payload', 'find_sources', 'check_manifest']
+           'read_manifest', 'check_tar', 'loose_payload', 'SourceSet', 'find_sources', 'check_manifest']
 
 # %% ../../nbs/corpus/03_archives.ipynb #545b51de
 import bz2, hashlib, io, lzma, os, re, stat, struct, tarfile, zipfile, zlib
@@ -34,7 +34,7 @@ class Limits:
 class _TooLarge(Exception): "The e-print passes a limit."
 class _Truncated(Exception): "The stream ends, or breaks, before it is complete."
 
-# %% ../../nbs/corpus/03_archives.ipynb #79593e2c
+# %% ../../nbs/corpus/03_archives.ipynb #36f727ac
 _piece = 1<<16 # bytes taken from the payload at a time
 
 class _Stream:
@@ -45,6 +45,7 @@ class _Stream:
         self.inflate = zlib.decompressobj(31) if self.gzipped else None
         self.ready, self.at, self.total, self.garbage = b"", 0, 0, 0
 
+# %% ../../nbs/corpus/03_archives.ipynb #7504c96c
 @patch
 def _packed(self:_Stream):
     "The next piece of the payload as it is."
@@ -272,7 +273,7 @@ _not_odd = {"crlf", "replacement_characters"}
 _no_source = {"pdf": Reason.pdf_only, "postscript": Reason.postscript_only, "html": Reason.html_only, "dvi": Reason.dvi_only,
               "empty": Reason.zero_bytes, "unknown": Reason.not_text}
 
-# %% ../../nbs/corpus/03_archives.ipynb #5741da2a
+# %% ../../nbs/corpus/03_archives.ipynb #6e4fc0fe
 class _Find:
     "What is found while an e-print is read."
     def __init__(self, limits:Limits): self.limits, self.tex, self.others, self.repairs, self.kept_bytes, self.seen = limits, {}, [], Counter(), 0, 0
@@ -289,6 +290,7 @@ def accepts(self:_Find, name:str, kind:bytes=b"0")->str|None:
     if rule: self.repairs[rule] += 1
     return None if rule else name
 
+# %% ../../nbs/corpus/03_archives.ipynb #15331686
 @patch
 def take(self:_Find, name:str, size:int, # bytes announced
          read): # read(n) gives the next n bytes
@@ -333,7 +335,7 @@ def _read_zip(stream:_Stream, find:_Find):
                 with archive.open(info) as member: find.take(name, info.file_size, member.read)
     except _zip_errors as e: raise _Truncated from e
 
-# %% ../../nbs/corpus/03_archives.ipynb #518dc2f3
+# %% ../../nbs/corpus/03_archives.ipynb #7c3fda01
 def _decoded(tex:dict[str,bytes])->tuple[dict[str,str],Counter]:
     "The files of an e-print as text; a declaration in one holds for those without."
     declared = next(filter(None, (declared_encoding(tex[name]) for name in sorted(tex))), None)
@@ -343,6 +345,15 @@ def _decoded(tex:dict[str,bytes])->tuple[dict[str,str],Counter]:
         repairs += counts
     return files, repairs
 
+# %% ../../nbs/corpus/03_archives.ipynb #5775845b
+def _as_source(find:_Find, container:str, reason:Reason|None, raw_bytes:int)->Source:
+    "The account of an e-print that was read."
+    files, repairs = _decoded(find.tex) if reason is None else ({}, Counter())
+    if reason is None and not any(text.strip() for text in files.values()): reason, files = Reason.no_tex, {}
+    repairs = dict(sorted((find.repairs + repairs).items()))
+    return Source(container, files, tuple(sorted(find.others)), repairs, tuple(k for k in repairs if k not in _not_odd), reason, raw_bytes)
+
+# %% ../../nbs/corpus/03_archives.ipynb #63069809
 def read_source(payload:bytes, # an e-print as it lies in the bulk tar
                 limits:Limits=Limits())->Source: # never raises on any payload
     "Open an e-print in memory."
@@ -357,14 +368,6 @@ def read_source(payload:bytes, # an e-print as it lies in the bulk tar
     except _TooLarge: reason = Reason.too_large
     if stream.garbage: find.repairs["trailing_bytes"] += stream.garbage
     return _as_source(find, container, reason, len(payload))
-
-# %% ../../nbs/corpus/03_archives.ipynb #5775845b
-def _as_source(find:_Find, container:str, reason:Reason|None, raw_bytes:int)->Source:
-    "The account of an e-print that was read."
-    files, repairs = _decoded(find.tex) if reason is None else ({}, Counter())
-    if reason is None and not any(text.strip() for text in files.values()): reason, files = Reason.no_tex, {}
-    repairs = dict(sorted((find.repairs + repairs).items()))
-    return Source(container, files, tuple(sorted(find.others)), repairs, tuple(k for k in repairs if k not in _not_odd), reason, raw_bytes)
 
 # %% ../../nbs/corpus/03_archives.ipynb #dd4982cb
 _endings = re.compile(r"(?:\.(?:tar\.gz|tar|tgz|gz|pdf|zip|tex|ps|html))+$", re.I)
@@ -431,6 +434,21 @@ def _md5(path:Path)->str:
         while piece := f.read(1<<20): digest.update(piece)
     return digest.hexdigest()
 
+# %% ../../nbs/corpus/03_archives.ipynb #274ddf2c
+def loose_payload(path:Path # a file, or a folder with an unpacked e-print
+                 )->bytes: # errors: StudyError names the path
+    "The payload of a loose e-print; a folder becomes a tar in memory, links left out."
+    try:
+        if path.is_file(): return path.read_bytes()
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
+            for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.is_symlink()):
+                member = tarfile.TarInfo(file.relative_to(path).as_posix())
+                member.size = file.stat().st_size
+                with open(file, "rb") as data: tar.addfile(member, data)
+        return out.getvalue()
+    except OSError as e: raise StudyError(f"{path} cannot be read ({e.strerror}); make it readable or remove it") from e
+
 # %% ../../nbs/corpus/03_archives.ipynb #69db107d
 @dataclass(frozen=True)
 class SourceSet:
@@ -450,21 +468,6 @@ def sources(self:SourceSet)->Iterator[tuple[str,bytes]]:
     "Id and payload of each e-print."
     if not self.members: yield from read_bulk_tar(self.path)
     for member in self.members: yield paper_id(member), loose_payload(Path(member))
-
-# %% ../../nbs/corpus/03_archives.ipynb #a3a1722e
-def loose_payload(path:Path # a file, or a folder with an unpacked e-print
-                 )->bytes: # errors: StudyError names the path
-    "The payload of a loose e-print; a folder becomes a tar in memory, links left out."
-    try:
-        if path.is_file(): return path.read_bytes()
-        out = io.BytesIO()
-        with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
-            for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.is_symlink()):
-                member = tarfile.TarInfo(file.relative_to(path).as_posix())
-                member.size = file.stat().st_size
-                with open(file, "rb") as data: tar.addfile(member, data)
-        return out.getvalue()
-    except OSError as e: raise StudyError(f"{path} cannot be read ({e.strerror}); make it readable or remove it") from e
 
 # %% ../../nbs/corpus/03_archives.ipynb #c9df2f91
 def _bulk_tars(folder:Path)->list[SourceSet]:
