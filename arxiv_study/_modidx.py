@@ -1102,8 +1102,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'arxiv_study/study/findings.py'),
                                             'arxiv_study.study.findings.Finding': ( 'study/findings.html#finding',
                                                                                     'arxiv_study/study/findings.py'),
-                                            'arxiv_study.study.findings._bits': ( 'study/findings.html#_bits',
-                                                                                  'arxiv_study/study/findings.py'),
                                             'arxiv_study.study.findings._contrast': ( 'study/findings.html#_contrast',
                                                                                       'arxiv_study/study/findings.py'),
                                             'arxiv_study.study.findings._ends': ( 'study/findings.html#_ends',
