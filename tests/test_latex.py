@@ -2,7 +2,7 @@
 import gzip, io, json, re, tarfile, time
 from pathlib import Path
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import example, HealthCheck, given, settings, strategies as st
 from arxiv_study.corpus.duplicates import sketch
 from arxiv_study.corpus.latex import LatexRules, Reader, extract, find_main, n_bytes, split_formulas
 from arxiv_study.corpus.ledger import Reason
@@ -51,6 +51,7 @@ def test_any_text_is_read_and_accounted_for(a, b): check({"main.tex": "\\documen
 def test_any_heap_of_latex_is_read_and_accounted_for(a, b, head):
     check({"main.tex": ("\\documentclass{a}\n\\begin{document}" if head else "") + "".join(a), "part.tex": "".join(b)})
 
+@example([(321, 0, '\\input{part}')]) # an input within the second branch of \\iffalse
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, len(PAPER)), st.integers(0, 12), st.sampled_from(TOKENS + [""])), max_size=8))
 def test_mutated_paper(edits):

@@ -362,8 +362,8 @@ def assign_splits(domains:dict[str,str], # id -> domain, of all papers with a so
         splits.update(dict.fromkeys(test, "test") | dict.fromkeys(val, "val"))
     return splits
 
-# %% ../../nbs/corpus/08_pipeline.ipynb #5d8fa838
-def _parts(folder:Path, kind:str)->list[Path]: return sorted(folder.glob(f"*-{kind}-*"))
+# %% ../../nbs/corpus/08_pipeline.ipynb #ad478d70
+def _parts(folder:Path, kind:str)->list[Path]: return sorted(folder.glob(f"[0-9]*-{kind}-*")) # not what a killed worker was writing
 
 def joined_ledger(parts:Path, # folder of part files
                  )->pl.DataFrame: # ledger with the column task
