@@ -24,6 +24,18 @@ from .ledger import REASONS, Reason, domain_of
 from ..settings import StudyError
 from ..storage import whole_folder
 
+# %% ../../nbs/corpus/01_miniature.ipynb #52528af3
+def _terms(text: str) -> tuple[str, ...]:
+    "A word list; `_` stands for a space inside a term."
+    return tuple(w.replace("_", " ") for w in text.split())
+
+@lru_cache(None)
+def zipf_weights(n: int, shift: float = 2) -> tuple[float, ...]:  # cumulative
+    "Cumulative weights of Zipf's law, flattened at the head as Mandelbrot proposed: 1/(rank + shift)."
+    return tuple(accumulate(1/(rank + shift) for rank in range(n)))
+
+
+
 # %% ../../nbs/corpus/01_miniature.ipynb #df1e6fb5
 _NOUNS = {
     "math": """space map group ring module manifold function operator algebra curve sheaf field lattice measure category functor bundle
@@ -83,7 +95,7 @@ _NOUNS |= {
         missing_value panel cohort stratum survey_weight small_area calibration score forecast verification reliability""",
 }
 
-# %% ../../nbs/corpus/01_miniature.ipynb #47d41f8d
+# %% ../../nbs/corpus/01_miniature.ipynb #ce1f7a63
 _ADJECTIVES = {
     "math": """smooth compact finite bounded continuous linear abelian algebraic closed open projective affine connected free regular
         normal complete local global simple nilpotent semisimple tame wild rigid thin dense sparse exact split formal graded symmetric self-adjoint
@@ -113,6 +125,13 @@ _ADJECTIVES = {
         latent hierarchical spatial temporal multivariate univariate discrete continuous censored noisy ill-posed sequential""",
 }
 
+_EPONYMS = {
+    "math": r"Hilbert Banach Riemann Lie Galois Hodge Cartan Sobolev Noether K\"ahler Poincar\'e H\"older Weyl Euler Gauss Zariski Fourier Borel Haar Lebesgue Grassmann Cauchy Jacobi Dirichlet Markov Frobenius Artin Hecke B\'ezout",
+    "cs": r"Turing Boolean Hamiltonian Steiner Shannon Hamming Bayes Eulerian Laplace Bellman Kleene Church Presburger Horn Markov G\"odel B\"uchi Reed--Solomon Huffman Fibonacci",
+    "physics": r"Higgs Dirac Majorana Yang--Mills Feynman Lorentz Planck Hawking Maxwell Schr\"odinger Einstein Fock Weyl Noether Chern--Simons Boltzmann Bose Fermi K\"ahler Calabi--Yau Poincar\'e Bogoliubov Goldstone",
+    "stat": r"Bayes Gauss Fisher Poisson Wishart Cram\'er Neyman Pearson Student Hellinger Kolmogorov Wiener Markov Gibbs Laplace Wald Dirichlet Lo\`eve",
+}
+
 # %% ../../nbs/corpus/01_miniature.ipynb #c6230788
 _SHARED = {
     "verb": """show prove study consider describe construct obtain derive establish analyse investigate characterise compute determine
@@ -138,24 +157,6 @@ _SHARED = {
     "stem": """tame rigid slender thin supple brittle visible hidden balanced tight loose frugal patient eager timid bold sober mild harsh fragile rugged""",
     "prefix": """sub quasi pseudo semi multi non pre co super hyper meta bi""",
 }
-
-# %% ../../nbs/corpus/01_miniature.ipynb #0eda80ac
-_EPONYMS = {
-    "math": r"Hilbert Banach Riemann Lie Galois Hodge Cartan Sobolev Noether K\"ahler Poincar\'e H\"older Weyl Euler Gauss Zariski Fourier Borel Haar Lebesgue Grassmann Cauchy Jacobi Dirichlet Markov Frobenius Artin Hecke B\'ezout",
-    "cs": r"Turing Boolean Hamiltonian Steiner Shannon Hamming Bayes Eulerian Laplace Bellman Kleene Church Presburger Horn Markov G\"odel B\"uchi Reed--Solomon Huffman Fibonacci",
-    "physics": r"Higgs Dirac Majorana Yang--Mills Feynman Lorentz Planck Hawking Maxwell Schr\"odinger Einstein Fock Weyl Noether Chern--Simons Boltzmann Bose Fermi K\"ahler Calabi--Yau Poincar\'e Bogoliubov Goldstone",
-    "stat": r"Bayes Gauss Fisher Poisson Wishart Cram\'er Neyman Pearson Student Hellinger Kolmogorov Wiener Markov Gibbs Laplace Wald Dirichlet Lo\`eve",
-}
-
-# %% ../../nbs/corpus/01_miniature.ipynb #e3b7c391
-def _terms(text: str) -> tuple[str, ...]:
-    "A word list; `_` stands for a space inside a term."
-    return tuple(w.replace("_", " ") for w in text.split())
-
-@lru_cache(None)
-def zipf_weights(n: int, shift: float = 2) -> tuple[float, ...]:  # cumulative
-    "Cumulative weights of Zipf's law, flattened at the head as Mandelbrot proposed: 1/(rank + shift)."
-    return tuple(accumulate(1/(rank + shift) for rank in range(n)))
 
 # %% ../../nbs/corpus/01_miniature.ipynb #6f07c031
 def _rules(text: str) -> dict[str, tuple[str, ...]]:
@@ -239,7 +240,7 @@ claim: Then <np1> <verbs> <ob>. | Then <m_rel> <cond>. | If <m_rel>, then <m_obj
     | No <coin> <noun> <verbs> <ob>. | Up to a <noun>, <m_obj> is the only <coin> <noun> with <m_rel>. | For every <m_in> we have <m_rel>.
 """)
 
-# %% ../../nbs/corpus/01_miniature.ipynb #1d929e42
+# %% ../../nbs/corpus/01_miniature.ipynb #32eaf583
 _ARGUMENTS = _rules(r"""
 step: First we <show> that <m_rel>. | By <ref> we have <m_rel><tail>. | It follows from <ref> that <m_rel>. | Suppose for contradiction that <m_rel>.
     | Choose <m_in> such that <m_rel>. | <adverb_c>, <m_rel>. | Applying <ref> to <m_obj> we obtain <m_rel>.
@@ -265,7 +266,6 @@ caption: The <noun> of <adj> <nouns> for <int> <nouns>. | Comparison of <adj> an
     | Each point is the mean of <int> <nouns>. | The <coin> <noun> with $<c>=<dec>$, and the <noun> for comparison.
 """)
 
-# %% ../../nbs/corpus/01_miniature.ipynb #f1fc1d3d
 _SENTENCES = {**_INTRODUCTION, **_STATEMENTS, **_ARGUMENTS}
 
 # %% ../../nbs/corpus/01_miniature.ipynb #4a0c0aaf
@@ -321,7 +321,7 @@ special: The <noun> attains the rate <m_cost> up to logarithmic factors. | With 
 """),
 }
 
-# %% ../../nbs/corpus/01_miniature.ipynb #6ac6cd45
+# %% ../../nbs/corpus/01_miniature.ipynb #5ef23b89
 _SYMBOLS = {
     "X": r"X Y M V E S W Z \mathcal{X} \mathfrak{X} \Omega \Sigma \mathcal{M} K", "G": r"G H \Gamma L A B R \mathfrak{g} \mathcal{A} \mathcal{C} P Q",
     "F": r"f g h \varphi \psi u v \phi \Phi F T \tau \pi \sigma \eta w", "x": r"x y z v w p q s \xi \zeta e a b", "n": r"n k m i j N \ell d r t",
@@ -329,7 +329,6 @@ _SYMBOLS = {
     "y": r"y z w t q s \zeta b", "k": r"m N k n_0 \ell D", "d": r"d \nu \omega \epsilon \delta \theta C",
 }
 
-# %% ../../nbs/corpus/01_miniature.ipynb #655e69f3
 _FORMULAS = _rules(r"""
 m_obj: $<X>$ | $<F>$ | $<G>$ | $<x>$ | $<F>_{<n>}$ | $<F>\colon <X>\to <G>$ | $<obj>$ | $<G>(<X>)$
 m_in: $<x>\in <X>$ | $<n>\geq <digit>$ | $<c>>0$ | $<n>\in\N$ | $<c>\in <N>$ | $<x>,<y>\in <X>$ | $<F>\in <G>(<X>)$ | $1\leq <n>\leq <k>$
@@ -497,7 +496,7 @@ def sentences(self: Writer, kinds: str) -> str:
     "One sentence for each kind named."
     return " ".join([self.sentence(k) for k in kinds.split()])
 
-# %% ../../nbs/corpus/01_miniature.ipynb #a30d62ec
+# %% ../../nbs/corpus/01_miniature.ipynb #69ffaf87
 @dataclass(frozen=True)
 class Habits:
     "How one author writes LaTeX."
@@ -510,7 +509,6 @@ class Habits:
     comments: float       # chance of a comment after a paragraph
     bbl: bool             # bibliography in a .bbl file beside the main file
 
-# %% ../../nbs/corpus/01_miniature.ipynb #b08156ac
 def choose_habits(rng: random.Random, domain: str) -> Habits:
     "The habits of the author of one paper."
     classes = dict(math="amsart article amsart", cs="article acmart llncs", physics="revtex4-1 article JHEP3", stat="article imsart article")
@@ -599,6 +597,14 @@ def listing(self: Writer) -> str:
     environment = self.rng.choice(("itemize", "enumerate"))
     return f"{self.sentence('aim')[:-1]}:\n\\begin{{{environment}}}\n{items}\n\\end{{{environment}}}\n"
 
+# %% ../../nbs/corpus/01_miniature.ipynb #1d0459ba
+_SCRIBES = "Author Writer Scribe Reader Editor Printer Binder Copyist Typesetter Librarian Translator Compositor Engraver Proofer Archivist".split()
+
+@patch
+def author(self: Writer) -> tuple[str, str]:
+    "A placeholder author: family name and initial."
+    return self.rng.choice(_SCRIBES), f"{chr(65 + self.rng.randrange(26))}."
+
 # %% ../../nbs/corpus/01_miniature.ipynb #827668bb
 @patch
 def plan(self: Writer):
@@ -610,15 +616,7 @@ def plan(self: Writer):
     self.due = {k: list(v) for k, v in self.labels.items()}
     return self
 
-# %% ../../nbs/corpus/01_miniature.ipynb #49a6dcc2
-_SCRIBES = "Author Writer Scribe Reader Editor Printer Binder Copyist Typesetter Librarian Translator Compositor Engraver Proofer Archivist".split()
-
-@patch
-def author(self: Writer) -> tuple[str, str]:
-    "A placeholder author: family name and initial."
-    return self.rng.choice(_SCRIBES), f"{chr(65 + self.rng.randrange(26))}."
-
-# %% ../../nbs/corpus/01_miniature.ipynb #1f897da5
+# %% ../../nbs/corpus/01_miniature.ipynb #dc476bba
 @patch
 def title(self: Writer) -> str:
     "The title of a paper."
@@ -629,7 +627,6 @@ def title(self: Writer) -> str:
     text = _article.sub(r"\1n ", text)
     return text[0].upper() + text[1:]
 
-# %% ../../nbs/corpus/01_miniature.ipynb #8f3d1698
 @patch
 def heading(self: Writer) -> str:
     "The title of an inner section."
@@ -637,7 +634,7 @@ def heading(self: Writer) -> str:
     return self.rng.choice((f"{a.capitalize()} {n}", f"The case of {a} {n}", f"{e} {n}", f"{self.expand('thing').capitalize()} of the {self.expand('noun')}",
                             f"Proof of the main {self.expand('thing')}", f"{n.capitalize()} and {self._nouns()}"))
 
-# %% ../../nbs/corpus/01_miniature.ipynb #77e06d3a
+# %% ../../nbs/corpus/01_miniature.ipynb #fcb484c1
 @patch
 def body_of_section(self: Writer) -> str:
     "The blocks of an inner section, by field."
@@ -658,8 +655,6 @@ def _block_statement(self: Writer):
     return self.theorem(kind) + (self.proof() if self.domain != "cs" or self.rng.random() < 0.7 else "")
 @patch
 def _block_remark(self: Writer): return self.theorem("remark") if self.rng.random() < 0.5 else self.theorem("definition") + self.paragraph("special fact")
-
-# %% ../../nbs/corpus/01_miniature.ipynb #865341f9
 for _name in ("table", "figure", "listing"): setattr(Writer, f"_block_{_name}", getattr(Writer, _name))
 
 # %% ../../nbs/corpus/01_miniature.ipynb #e617d810
@@ -704,18 +699,7 @@ def _preamble(rng: random.Random, habits: Habits, macros: str) -> str:
     lines += [f"\\newtheorem{{{e}}}[{habits.theorem}]{{{'Lemma' if e == habits.lemma else e.capitalize()}}}" for e in (habits.lemma, "proposition", "corollary", "remark", "definition") if e != habits.theorem]
     return "\n".join(lines) + f"\n\n% notation\n{macros}\n"
 
-# %% ../../nbs/corpus/01_miniature.ipynb #c7c40be9
-@dataclass(frozen=True)
-class Draft:
-    "A paper as its authors have it."
-    domain: str
-    title: str
-    abstract: str
-    authors: tuple             # (family name, initial)
-    files: dict[str, bytes]    # path -> content
-    main: str                  # path of the main file
-
-# %% ../../nbs/corpus/01_miniature.ipynb #33bd525c
+# %% ../../nbs/corpus/01_miniature.ipynb #a59c7292
 _BEGIN = "\\begin{document}\n\n"
 
 @patch
@@ -724,7 +708,7 @@ def front(self: Writer, title, abstract, authors) -> str:
     names = " \\and ".join(f"{initial}~{name}" for name, initial in authors)
     return f"\\title{{{title}}}\n\\author{{{names}}}\n\\date{{}}\n\\maketitle\n\n\\begin{{abstract}}\n{fold_lines(abstract, self.habits.wrap)}\n\\end{{abstract}}\n\n"
 
-# %% ../../nbs/corpus/01_miniature.ipynb #aca8a06f
+# %% ../../nbs/corpus/01_miniature.ipynb #32a8568d
 _FIGURE = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 72 72\n0 0 moveto 72 72 lineto stroke\nshowpage\n%%EOF\n"
 
 @patch
@@ -744,7 +728,17 @@ def bind(self: Writer, front: str, sections: list, main: str) -> dict[str, str]:
     end = "\\end{document}\n" + ("notes after the end are not read\n" if rng.random() < 0.1 else "")
     return {main: _preamble(rng, self.habits, macros) + _BEGIN + front + "\n".join(texts) + "\n" + thanks + bibliography + end, **files}
 
-# %% ../../nbs/corpus/01_miniature.ipynb #83133b14
+# %% ../../nbs/corpus/01_miniature.ipynb #2eed7bd2
+@dataclass(frozen=True)
+class Draft:
+    "A paper as its authors have it."
+    domain: str
+    title: str
+    abstract: str
+    authors: tuple             # (family name, initial)
+    files: dict[str, bytes]    # path -> content
+    main: str                  # path of the main file
+
 def write_draft(rng: random.Random, domain: str) -> Draft:
     "A healthy paper of a domain."
     writer = Writer(rng, domain).plan()
@@ -803,7 +797,7 @@ def place(self: Layout, paper: int) -> tuple[str, str, str]:  # id, file name wi
     number = n - -(-_OLD_ARCHIVES.index(archive)*size//4)
     return f"{archive}/9901{number:03d}", f"9901/{archive}9901{number:03d}", yymm
 
-# %% ../../nbs/corpus/01_miniature.ipynb #799bc531
+# %% ../../nbs/corpus/01_miniature.ipynb #c3cdc0d4
 _CATEGORIES = {
     "math": "math.AG math.NT math.CO math.AP math.PR math.DG math.RT math.FA math.GR math-ph math.OA math.LO math.GT",
     "cs": "cs.LG cs.CC cs.DS cs.CL cs.LO cs.CR cs.IT cs.PL cs.DC cs.CV cs.SC",
@@ -813,7 +807,6 @@ _OUTSIDE = "astro-ph.CO cond-mat.str-el physics.acc-ph q-bio.NC stat.AP econ.TH 
 _LICENSES = (None, "http://arxiv.org/licenses/nonexclusive-distrib/1.0/", "http://creativecommons.org/licenses/by/4.0/",
              "http://creativecommons.org/licenses/by-nc-sa/4.0/", "http://creativecommons.org/publicdomain/zero/1.0/")
 
-# %% ../../nbs/corpus/01_miniature.ipynb #cef383b8
 def _choose_categories(rng: random.Random, domain: str, archive: str|None) -> str:
     "Primary category and cross-lists; now and then only a cross-list is studied."
     own = [c for c in _CATEGORIES[domain].split() if archive in (None, c.split(".")[0])]
@@ -865,155 +858,6 @@ def _cycle(paper: int, share: float) -> int|None:
     n = int((paper + 1)*share)
     return n - 1 if n > int(paper*share) else None
 
-# %% ../../nbs/corpus/01_miniature.ipynb #33eb1e14
-TROUBLES = {}   # name -> function, planted in turn: these papers are dropped
-ODDITIES = {}   # name -> function, planted in turn: these papers are kept
-
-def _trouble(reason: Reason|None = None):
-    "Register a function that spoils a submission."
-    def register(f):
-        spoil = lambda s, rng, miniature: replace(f(s, rng, miniature), reason=reason, why=f.__doc__)
-        (TROUBLES if reason else ODDITIES)[f.__name__.strip("_")] = spoil
-        return f
-    return register
-
-# %% ../../nbs/corpus/01_miniature.ipynb #b5dcae42
-@_trouble(Reason.no_source)
-def _metadata_only(s, rng, miniature):
-    "known from its metadata only"
-    return replace(s, container=None)
-
-@_trouble(Reason.pdf_only)
-def _pdf(s, rng, miniature):
-    "no TeX source: PDF"
-    return replace(s, container="pdf", main=None, payload=small_pdf(s.record["title"]))
-
-@_trouble(Reason.near_duplicate)
-def _near_duplicate(s, rng, miniature):
-    "the text of an earlier paper with a few words changed"
-    twin = miniature.healthy_before(s, rng)
-    return miniature.twin(s, twin, _change_words(twin.files, rng), similarity="near")
-
-# %% ../../nbs/corpus/01_miniature.ipynb #9edc2232
-@_trouble(Reason.withdrawn)
-def _withdrawn(s, rng, miniature):
-    "withdrawn"
-    notice = rng.choice(("This paper has been withdrawn by the author due to an error in Lemma 2", "This paper has been withdrawn by the authors",
-                         "withdrawn: superseded by a later paper", "This article has been withdrawn because of a crucial sign error in equation 7"))
-    if rng.random() < 0.3: return replace(s, record={**s.record, "comments": None, "abstract": f"  {notice}. {s.record['abstract'].strip()}\n"})
-    return replace(s, record={**s.record, "comments": notice})
-
-@_trouble(Reason.truncated)
-def _truncated(s, rng, miniature):
-    "the gzip stream ends early"
-    whole = pack_files(s.files)
-    return replace(s, container="damaged", main=None, payload=whole[:len(whole)*rng.randint(2, 8)//10])
-
-# %% ../../nbs/corpus/01_miniature.ipynb #c0673fcd
-@_trouble(Reason.exact_duplicate)
-def _exact_duplicate(s, rng, miniature):
-    "the same text as an earlier paper"
-    twin = miniature.healthy_before(s, rng)
-    return miniature.twin(s, twin, twin.files, similarity="exact")
-
-@_trouble(Reason.not_english)
-def _other_language(s, rng, miniature):
-    "not in English"
-    return replace(s, files={"main.tex": _foreign_paper(rng).encode()}, main="main.tex", container="gz-tex")
-
-@_trouble(Reason.no_studied_category)
-def _outside(s, rng, miniature):
-    "none of its categories is studied"
-    return replace(s, record={**s.record, "categories": " ".join(rng.sample(_OUTSIDE, rng.choice((1, 2))))})
-
-# %% ../../nbs/corpus/01_miniature.ipynb #e34ae07c
-@_trouble(Reason.zero_bytes)
-def _empty(s, rng, miniature):
-    "zero bytes"
-    return replace(s, container="empty", main=None, payload=b"")
-
-@_trouble(Reason.postscript_only)
-def _postscript(s, rng, miniature):
-    "no TeX source: PostScript"
-    return replace(s, container="postscript", main=None, payload=squeeze(b"%!PS-Adobe-2.0\n%%Title: ms.dvi\n" + b"72 720 moveto (text) show\n"*200 + b"showpage\n%%EOF\n"))
-
-@_trouble(Reason.abstract_too_short)
-def _short_abstract(s, rng, miniature):
-    "the abstract has fewer than 20 words, and there is no source to decide"
-    return replace(s, container=None, record={**s.record, "abstract": f"  {rng.choice(('See the published version.', 'Lecture notes.', 'We collect a few remarks on the title.'))}\n"})
-
-# %% ../../nbs/corpus/01_miniature.ipynb #039171c9
-@_trouble(Reason.html_only)
-def _html(s, rng, miniature):
-    "no TeX source: HTML"
-    return replace(s, container="html", main=None, payload=squeeze(b"<!DOCTYPE html>\n<html><head><title>Proceedings</title></head>\n<body><p>Table of contents</p></body></html>\n"))
-
-# %% ../../nbs/corpus/01_miniature.ipynb #a9033dea
-@_trouble(Reason.no_metadata)
-def _no_record(s, rng, miniature):
-    "in a tar, and absent from the snapshot"
-    return replace(s, record=None)
-
-@_trouble(Reason.too_short)
-def _note(s, rng, miniature):
-    "a note of two sentences"
-    text = "\\documentclass{article}\n\\begin{document}\nThe sign in equation~(3) should be reversed. We thank a reader.\n\\end{document}\n"
-    return replace(s, files={"main.tex": text.encode()}, main="main.tex", container="gz-tex")
-
-@_trouble(Reason.not_text)
-def _binary(s, rng, miniature):
-    "binary payload, no TeX"
-    return replace(s, container="unknown", main=None, payload=squeeze(rng.randbytes(6000)))
-
-# %% ../../nbs/corpus/01_miniature.ipynb #989c22e5
-@_trouble(Reason.no_tex)
-def _no_tex(s, rng, miniature):
-    "a readable archive without a TeX file"
-    return replace(s, files={"fig1.eps": _FIGURE, "data/points.csv": b"x,y\n1,2\n3,4\n", "figure.png": b"\x89PNG\r\n\x1a\n" + bytes(60)}, main=None, container="tar-gz")
-
-@_trouble(Reason.no_main_file)
-def _macros_only(s, rng, miniature):
-    "macro files, and no document that uses them"
-    return replace(s, files={"macros.tex": _macros(rng).encode(), "more/shortcuts.tex": b"\\newcommand{\\eg}{e.g.}\n\\def\\half{\\frac12}\n"}, main=None, container="tar-gz")
-
-@_trouble(Reason.few_letters)
-def _numbers(s, rng, miniature):
-    "a table of numbers in a .tex file"
-    rows = "\n".join(" & ".join(f"{rng.random()*100:.4f}" for _ in range(8)) + r" \\" for _ in range(150))
-    text = f"\\documentclass{{article}}\n\\begin{{document}}\nThe data are as follows.\n\n\\begin{{tabular}}{{rrrrrrrr}}\n{rows}\n\\end{{tabular}}\n\\end{{document}}\n"
-    return replace(s, files={"main.tex": text.encode()}, main="main.tex", container="gz-tex")
-
-# %% ../../nbs/corpus/01_miniature.ipynb #882065e1
-@_trouble(Reason.repeated_lines)
-def _repeated(s, rng, miniature):
-    "a few lines over and over"
-    lines = ["The step is accepted and the next step of the iteration begins.", "The residual of the equation is computed once more.", "The size of the step is halved and tried again."]
-    text = "\\documentclass{article}\n\\begin{document}\n" + "\n\n".join(rng.choice(lines) for _ in range(180)) + "\n\\end{document}\n"
-    return replace(s, files={"main.tex": text.encode()}, main="main.tex", container="gz-tex")
-
-@_trouble(Reason.no_document_text)
-def _empty_document(s, rng, miniature):
-    "a document without text"
-    text = "\\documentclass{article}\n\\usepackage{amsmath}\n\\begin{document}\n% to be written\n\n\\end{document}\n"
-    return replace(s, files={"main.tex": text.encode()}, main="main.tex", container="gz-tex")
-
-@_trouble(Reason.dvi_only)
-def _dvi(s, rng, miniature):
-    "no TeX source: DVI"
-    return replace(s, container="dvi", main=None, payload=squeeze(bytes((247, 2, 1, 131, 146, 192, 28, 59, 0, 0)) + b" TeX output 1999.01.01:0000" + rng.randbytes(400) + b"\xdf"*4))
-
-# %% ../../nbs/corpus/01_miniature.ipynb #54a0605a
-@_trouble(Reason.empty_after_normalization)
-def _invisible(s, rng, miniature):
-    "a body of invisible characters"
-    text = "\\documentclass{article}\n\\usepackage[utf8]{inputenc}\n\\begin{document}\n" + "\u200b\ufeff\u200b \u00ad\n"*5 + "\\end{document}\n"
-    return replace(s, files={"main.tex": text.encode()}, main="main.tex", container="gz-tex")
-
-@_trouble(Reason.too_large)
-def _bomb(s, rng, miniature):
-    "unpacks to far more than any paper"
-    return replace(s, container="tar-gz", main=None, payload=bomb())
-
 # %% ../../nbs/corpus/01_miniature.ipynb #c6160bb8
 def squeeze(*pieces: bytes) -> bytes:
     "The pieces as one gzip stream without a time stamp."
@@ -1060,7 +904,7 @@ def bomb() -> bytes:
     info.size, info.mtime = len(head) + times*len(comments), _WHEN
     return squeeze(info.tobuf(tarfile.USTAR_FORMAT), head, *[comments]*times, bytes(-info.size % 512 + 1024))
 
-# %% ../../nbs/corpus/01_miniature.ipynb #dc559fe0
+# %% ../../nbs/corpus/01_miniature.ipynb #54f8eb21
 _FRENCH = _rules(r"""
 s: Soit $X$ un <a> <n> muni d'une <f> continue. | On montre que tout <n> <a> admet une unique <f>.
     | Dans cet article, nous étudions les propriétés des <n>s <a>s. | Il en résulte que la <f> est bornée sur chaque <n>.
@@ -1084,7 +928,6 @@ a: kompakt | endlich | regulär | frei | vollständig | lokal | zusammenhängend
 f: Funktion | Abbildung | Darstellung | Gruppe | Folge | Menge | Gleichung | Näherung
 """)
 
-# %% ../../nbs/corpus/01_miniature.ipynb #030f9ae3
 def _foreign_paper(rng: random.Random) -> str:
     "A paper in French or German, in UTF-8."
     writer = Writer(rng, "math")
@@ -1102,6 +945,154 @@ def _change_words(files: dict[str, bytes], rng: random.Random, n: int = 5) -> di
     for m in sorted(rng.sample(places, min(n, len(places))), key=lambda m: -m.start()):
         text = text[:m.start()] + rng.choice(("modest", "usual", "plain", "remote", "quiet", "second")) + text[m.end():]
     return {**files, path: (head + begin + text + bib + tail).encode()}
+
+# %% ../../nbs/corpus/01_miniature.ipynb #eb75f021
+TROUBLES = {}   # name -> function, planted in turn: these papers are dropped
+ODDITIES = {}   # name -> function, planted in turn: these papers are kept
+
+def _trouble(reason: Reason|None = None):
+    "Register a function that spoils a submission."
+    def register(f):
+        spoil = lambda s, rng, miniature: replace(f(s, rng, miniature), reason=reason, why=f.__doc__)
+        (TROUBLES if reason else ODDITIES)[f.__name__.strip("_")] = spoil
+        return f
+    return register
+
+# %% ../../nbs/corpus/01_miniature.ipynb #71e96b27
+@_trouble(Reason.no_source)
+def _metadata_only(s, rng, miniature):
+    "known from its metadata only"
+    return replace(s, container=None)
+
+@_trouble(Reason.pdf_only)
+def _pdf(s, rng, miniature):
+    "no TeX source: PDF"
+    return replace(s, container="pdf", main=None, payload=small_pdf(s.record["title"]))
+
+@_trouble(Reason.near_duplicate)
+def _near_duplicate(s, rng, miniature):
+    "the text of an earlier paper with a few words changed"
+    twin = miniature.healthy_before(s, rng)
+    return miniature.twin(s, twin, _change_words(twin.files, rng), similarity="near")
+
+# %% ../../nbs/corpus/01_miniature.ipynb #f6360c2e
+@_trouble(Reason.withdrawn)
+def _withdrawn(s, rng, miniature):
+    "withdrawn"
+    notice = rng.choice(("This paper has been withdrawn by the author due to an error in Lemma 2", "This paper has been withdrawn by the authors",
+                         "withdrawn: superseded by a later paper", "This article has been withdrawn because of a crucial sign error in equation 7"))
+    if rng.random() < 0.3: return replace(s, record={**s.record, "comments": None, "abstract": f"  {notice}. {s.record['abstract'].strip()}\n"})
+    return replace(s, record={**s.record, "comments": notice})
+
+@_trouble(Reason.truncated)
+def _truncated(s, rng, miniature):
+    "the gzip stream ends early"
+    whole = pack_files(s.files)
+    return replace(s, container="damaged", main=None, payload=whole[:len(whole)*rng.randint(2, 8)//10])
+
+# %% ../../nbs/corpus/01_miniature.ipynb #ec56e5cf
+@_trouble(Reason.exact_duplicate)
+def _exact_duplicate(s, rng, miniature):
+    "the same text as an earlier paper"
+    twin = miniature.healthy_before(s, rng)
+    return miniature.twin(s, twin, twin.files, similarity="exact")
+
+@_trouble(Reason.not_english)
+def _other_language(s, rng, miniature):
+    "not in English"
+    return replace(s, files={"main.tex": _foreign_paper(rng).encode()}, main="main.tex", container="gz-tex")
+
+@_trouble(Reason.no_studied_category)
+def _outside(s, rng, miniature):
+    "none of its categories is studied"
+    return replace(s, record={**s.record, "categories": " ".join(rng.sample(_OUTSIDE, rng.choice((1, 2))))})
+
+# %% ../../nbs/corpus/01_miniature.ipynb #4af9eab1
+@_trouble(Reason.zero_bytes)
+def _empty(s, rng, miniature):
+    "zero bytes"
+    return replace(s, container="empty", main=None, payload=b"")
+
+@_trouble(Reason.postscript_only)
+def _postscript(s, rng, miniature):
+    "no TeX source: PostScript"
+    return replace(s, container="postscript", main=None, payload=squeeze(b"%!PS-Adobe-2.0\n%%Title: ms.dvi\n" + b"72 720 moveto (text) show\n"*200 + b"showpage\n%%EOF\n"))
+
+@_trouble(Reason.abstract_too_short)
+def _short_abstract(s, rng, miniature):
+    "the abstract has fewer than 20 words, and there is no source to decide"
+    return replace(s, container=None, record={**s.record, "abstract": f"  {rng.choice(('See the published version.', 'Lecture notes.', 'We collect a few remarks on the title.'))}\n"})
+
+@_trouble(Reason.html_only)
+def _html(s, rng, miniature):
+    "no TeX source: HTML"
+    return replace(s, container="html", main=None, payload=squeeze(b"<!DOCTYPE html>\n<html><head><title>Proceedings</title></head>\n<body><p>Table of contents</p></body></html>\n"))
+
+# %% ../../nbs/corpus/01_miniature.ipynb #827bf078
+@_trouble(Reason.no_metadata)
+def _no_record(s, rng, miniature):
+    "in a tar, and absent from the snapshot"
+    return replace(s, record=None)
+
+@_trouble(Reason.too_short)
+def _note(s, rng, miniature):
+    "a note of two sentences"
+    text = "\\documentclass{article}\n\\begin{document}\nThe sign in equation~(3) should be reversed. We thank a reader.\n\\end{document}\n"
+    return replace(s, files={"main.tex": text.encode()}, main="main.tex", container="gz-tex")
+
+@_trouble(Reason.not_text)
+def _binary(s, rng, miniature):
+    "binary payload, no TeX"
+    return replace(s, container="unknown", main=None, payload=squeeze(rng.randbytes(6000)))
+
+# %% ../../nbs/corpus/01_miniature.ipynb #917f6b59
+@_trouble(Reason.no_tex)
+def _no_tex(s, rng, miniature):
+    "a readable archive without a TeX file"
+    return replace(s, files={"fig1.eps": _FIGURE, "data/points.csv": b"x,y\n1,2\n3,4\n", "figure.png": b"\x89PNG\r\n\x1a\n" + bytes(60)}, main=None, container="tar-gz")
+
+@_trouble(Reason.no_main_file)
+def _macros_only(s, rng, miniature):
+    "macro files, and no document that uses them"
+    return replace(s, files={"macros.tex": _macros(rng).encode(), "more/shortcuts.tex": b"\\newcommand{\\eg}{e.g.}\n\\def\\half{\\frac12}\n"}, main=None, container="tar-gz")
+
+@_trouble(Reason.few_letters)
+def _numbers(s, rng, miniature):
+    "a table of numbers in a .tex file"
+    rows = "\n".join(" & ".join(f"{rng.random()*100:.4f}" for _ in range(8)) + r" \\" for _ in range(150))
+    text = f"\\documentclass{{article}}\n\\begin{{document}}\nThe data are as follows.\n\n\\begin{{tabular}}{{rrrrrrrr}}\n{rows}\n\\end{{tabular}}\n\\end{{document}}\n"
+    return replace(s, files={"main.tex": text.encode()}, main="main.tex", container="gz-tex")
+
+# %% ../../nbs/corpus/01_miniature.ipynb #385b7e4a
+@_trouble(Reason.repeated_lines)
+def _repeated(s, rng, miniature):
+    "a few lines over and over"
+    lines = ["The step is accepted and the next step of the iteration begins.", "The residual of the equation is computed once more.", "The size of the step is halved and tried again."]
+    text = "\\documentclass{article}\n\\begin{document}\n" + "\n\n".join(rng.choice(lines) for _ in range(180)) + "\n\\end{document}\n"
+    return replace(s, files={"main.tex": text.encode()}, main="main.tex", container="gz-tex")
+
+@_trouble(Reason.no_document_text)
+def _empty_document(s, rng, miniature):
+    "a document without text"
+    text = "\\documentclass{article}\n\\usepackage{amsmath}\n\\begin{document}\n% to be written\n\n\\end{document}\n"
+    return replace(s, files={"main.tex": text.encode()}, main="main.tex", container="gz-tex")
+
+@_trouble(Reason.dvi_only)
+def _dvi(s, rng, miniature):
+    "no TeX source: DVI"
+    return replace(s, container="dvi", main=None, payload=squeeze(bytes((247, 2, 1, 131, 146, 192, 28, 59, 0, 0)) + b" TeX output 1999.01.01:0000" + rng.randbytes(400) + b"\xdf"*4))
+
+# %% ../../nbs/corpus/01_miniature.ipynb #789d149e
+@_trouble(Reason.empty_after_normalization)
+def _invisible(s, rng, miniature):
+    "a body of invisible characters"
+    text = "\\documentclass{article}\n\\usepackage[utf8]{inputenc}\n\\begin{document}\n" + "\u200b\ufeff\u200b \u00ad\n"*5 + "\\end{document}\n"
+    return replace(s, files={"main.tex": text.encode()}, main="main.tex", container="gz-tex")
+
+@_trouble(Reason.too_large)
+def _bomb(s, rng, miniature):
+    "unpacks to far more than any paper"
+    return replace(s, container="tar-gz", main=None, payload=bomb())
 
 # %% ../../nbs/corpus/01_miniature.ipynb #d7b3d392
 def _edit_main(s: Submission, edit, **changes) -> Submission:
