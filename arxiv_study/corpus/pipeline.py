@@ -7,8 +7,8 @@ __all__ = ['TEXT_SCHEMA', 'MIN_DOMAIN', 'CorpusConfig', 'check_config', 'metadat
            'Judged', 'judged', 'lay_down_by_month', 'read_month', 'Paper', 'open_row', 'Clock', 'add_up', 'to_text',
            'take_paper', 'Task', 'write_table', 'write_texts', 'papers_of', 'do_task', 'process_pool', 'run_tasks',
            'read_groups', 'pools', 'assign_splits', 'joined_ledger', 'metadata_only', 'as_row', 'without_duplicates',
-           'splits_of', 'write_ledger', 'write_text', 'inputs_of', 'corpus_folder', 'usable_cores', 'tasks_by',
-           'build_corpus', 'timed', 'do_all', 'assemble', 'manifest_of', 'open_ledger', 'open_text']
+           'splits_of', 'write_ledger', 'write_text', 'inputs_of', 'corpus_folder', 'usable_cores', 'tasks_by', 'timed',
+           'do_all', 'assemble', 'manifest_of', 'open_ledger', 'open_text', 'build_corpus']
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #f2a07bda
 import csv, hashlib, io, multiprocessing, os, platform, shutil, signal, sys, threading, time, types
@@ -469,31 +469,7 @@ def tasks_by(engine:str, n_workers:int):
             yield lambda tasks, done: [done(f.result()) for f in [client.get_executor().submit(do_task, t) for t in tasks]]
     else: raise StudyError(f"engine is {engine!r}; choose local or dask://HOST:PORT", code=2)
 
-# %% ../../nbs/corpus/08_pipeline.ipynb #7e90970f
-def build_corpus(arxiv:Path, # an arXiv folder
-                 out:Path, # the corpus folder to be made
-                 config:CorpusConfig=CorpusConfig(),
-                 workers:int=None, # processes; default: one a core
-                 engine:str="local", # or dask://HOST:PORT
-                 variant:str="baseline")->Path: # `out`; errors: StudyError, and nothing is left behind
-    "Make a corpus: ledger, text and manifest, whole or not at all."
-    arxiv, out, times = Path(arxiv), Path(out), {}
-    check_config(config)
-    inputs = inputs_of(arxiv)
-    clear_abandoned(out.parent)
-    with whole_folder(out) as folder:
-        work, parts = folder/"working", folder/"working"/"parts"
-        with timed(times, "metadata"): n_records = lay_down_by_month(arxiv/"arxiv-metadata-oai-snapshot.json", work/"months", metadata_rules(config))
-        parts.mkdir()
-        tasks = [Task(i, s, config, str(work/"months"), str(parts)) for i, s in enumerate(find_sources(arxiv))]
-        n_workers = max(1, min(workers or usable_cores(), len(tasks)))
-        with timed(times, "tars"): results = do_all(tasks, engine, n_workers)
-        with timed(times, "assembly"): counts = assemble(folder, work, arxiv, config)
-        shutil.rmtree(work)
-        write_json(folder/"manifest.json", manifest_of(arxiv, config, variant, inputs, {"records": n_records, **counts}, times, results, n_workers))
-    return out
-
-# %% ../../nbs/corpus/08_pipeline.ipynb #d77149a4
+# %% ../../nbs/corpus/08_pipeline.ipynb #948381d1
 @contextmanager
 def timed(times:dict, name:str):
     "Note the wall seconds of a block."
@@ -511,7 +487,7 @@ def do_all(tasks:list[Task], engine:str, n_workers:int)->list[dict]:
         run(tasks, done)
     return sorted(results, key=lambda r: r["index"])
 
-# %% ../../nbs/corpus/08_pipeline.ipynb #5300730c
+# %% ../../nbs/corpus/08_pipeline.ipynb #5cbee9ac
 def assemble(out:Path, work:Path, arxiv:Path, config:CorpusConfig)->dict: # counts for the manifest
     "Write ledger and text from the part files of all tasks."
     ledger = joined_ledger(work/"parts")
@@ -536,7 +512,7 @@ def manifest_of(arxiv, config, variant, inputs, counts, times, results, n_worker
                 workers=n_workers, wall_s=times, cpu_s={k: round(v, 3) for k, v in sorted(cpu_s.items())},
                 tex_mb_per_worker_s=round(tex_mb/tars_s, 2), tex_mb_per_cpu_s=round(tex_mb/cpu_s["all"], 2) if cpu_s["all"] else None)
 
-# %% ../../nbs/corpus/08_pipeline.ipynb #e15c7013
+# %% ../../nbs/corpus/08_pipeline.ipynb #81933453
 def open_ledger(corpus_dir:Path # a corpus folder
                )->pl.DataFrame: # errors: StudyError where it is not one
     "The ledger of a corpus."
@@ -551,3 +527,27 @@ def _corpus_parts(corpus_dir:Path, kind:str)->list[Path]:
     found = sorted((Path(corpus_dir)/kind).glob("part-*.parquet"))
     if not found: raise StudyError(f"{corpus_dir} is not a corpus folder, it has no {kind}/part-000.parquet; make one with: arxiv-study corpus --arxiv DIR --out {corpus_dir}")
     return found
+
+# %% ../../nbs/corpus/08_pipeline.ipynb #7e90970f
+def build_corpus(arxiv:Path, # an arXiv folder
+                 out:Path, # the corpus folder to be made
+                 config:CorpusConfig=CorpusConfig(),
+                 workers:int=None, # processes; default: one a core
+                 engine:str="local", # or dask://HOST:PORT
+                 variant:str="baseline")->Path: # `out`; errors: StudyError, and nothing is left behind
+    "Make a corpus: ledger, text and manifest, whole or not at all."
+    arxiv, out, times = Path(arxiv), Path(out), {}
+    check_config(config)
+    inputs = inputs_of(arxiv)
+    clear_abandoned(out.parent)
+    with whole_folder(out) as folder:
+        work, parts = folder/"working", folder/"working"/"parts"
+        with timed(times, "metadata"): n_records = lay_down_by_month(arxiv/"arxiv-metadata-oai-snapshot.json", work/"months", metadata_rules(config))
+        parts.mkdir()
+        tasks = [Task(i, s, config, str(work/"months"), str(parts)) for i, s in enumerate(find_sources(arxiv))]
+        n_workers = max(1, min(workers or usable_cores(), len(tasks)))
+        with timed(times, "tars"): results = do_all(tasks, engine, n_workers)
+        with timed(times, "assembly"): counts = assemble(folder, work, arxiv, config)
+        shutil.rmtree(work)
+        write_json(folder/"manifest.json", manifest_of(arxiv, config, variant, inputs, {"records": n_records, **counts}, times, results, n_workers))
+    return out
