@@ -73,7 +73,7 @@ def resolve(
         for path in (stem + ".tex", stem, stem + ".ltx", stem + ".latex"):
             if path in files: return path
 
-# %% ../../nbs/corpus/04_latex.ipynb #a2bcf1fa
+# %% ../../nbs/corpus/04_latex.ipynb #65727518
 def included(
     files:dict, # member path -> text
     path:str, # the including file
@@ -81,7 +81,7 @@ def included(
     "The files that `path` pulls in by a command that is not in a comment"
     found, text = [], files[path]
     for m in INCLUDES.finditer(text):
-        target = resolve(files, join(m[1] or "", m[2] or m[3]), (dirname(path), ""))
+        target = resolve(files, join(m[1] or "", m[2] or m[3] or ""), (dirname(path), ""))
         if target and not in_comment(text, m.start()): found.append(target)
     return found
 
