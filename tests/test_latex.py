@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest
 from hypothesis import example, HealthCheck, given, settings, strategies as st
 from arxiv_study.corpus.duplicates import sketch
-from arxiv_study.corpus.latex import LatexRules, Reader, extract, find_main, n_bytes, split_formulas
+from arxiv_study.corpus.latex import LatexRules, Reader, extract
+from arxiv_study.corpus.main_file import find_main
+from arxiv_study.corpus.scan import n_bytes, split_formulas
 from arxiv_study.corpus.ledger import Reason
 from arxiv_study.corpus.normalize import NormalizeRules, normalize
 from arxiv_study.corpus.quality import judge_text, language_of, prose_of
