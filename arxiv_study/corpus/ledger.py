@@ -26,7 +26,7 @@ class Stage(str, Enum):
 
     def __str__(self): return self.value
 
-# %% ../../nbs/corpus/00_ledger.ipynb #715f4e16
+# %% ../../nbs/corpus/00_ledger.ipynb #423080d8
 class Reason(str, Enum):
     "Why a paper was dropped; the value is the name."
     no_metadata = "no_metadata"
@@ -46,6 +46,8 @@ class Reason(str, Enum):
     no_tex = "no_tex"
     too_large = "too_large"
     archive_oddity = "archive_oddity"
+    processing_failed = "processing_failed"
+    worker_lost = "worker_lost"
     no_main_file = "no_main_file"
     no_document_text = "no_document_text"
     empty_after_normalization = "empty_after_normalization"
@@ -84,7 +86,7 @@ _metadata_reasons = {
         "the record's licence address, compared as a whole; off by default", "a record without any licence where CC BY is asked for"),
 }
 
-# %% ../../nbs/corpus/00_ledger.ipynb #57708bb8
+# %% ../../nbs/corpus/00_ledger.ipynb #fbe53f16
 _archive_reasons = {
     Reason.no_source: ReasonInfo(Stage.archive, "The paper is known from its metadata only.",
         "no tar and no folder holds a member of that id", "every paper of a month whose tar was not fetched"),
@@ -104,6 +106,10 @@ _archive_reasons = {
         "bytes and members are counted while reading, and reading stops at the limit", "a gzip bomb"),
     Reason.archive_oddity: ReasonInfo(Stage.archive, "Something about the archive is unusual, and the policy is strict.",
         "any refused or repaired member counts; off by default", "a latin-1 file, an AppleDouble twin, a link"),
+    Reason.processing_failed: ReasonInfo(Stage.archive, "A stage raised an error that nobody foresaw; the manifest names error and stage.",
+        "the exception is caught for this paper alone, and the others go on", "a MemoryError in a paper of many megabytes"),
+    Reason.worker_lost: ReasonInfo(Stage.archive, "Whoever works on the paper is killed, time and again.",
+        "the process ended twice with this paper in hand, the second time with nothing beside it", "a fault in a C library"),
 }
 
 # %% ../../nbs/corpus/00_ledger.ipynb #2edc576f
