@@ -14,11 +14,12 @@ EXTRAS ?= dev,docs
 # make study ARXIV=DIR SCALE=desk WORKSPACE=DIR ARGS="--only R01,R02"
 STUDY = $(if $(ARXIV),--arxiv "$(ARXIV)") $(if $(SCALE),--scale "$(SCALE)") $(if $(WORKSPACE),--workspace "$(WORKSPACE)") $(ARGS)
 
-.PHONY: help install study test docs lab clean clean-notebooks
+.PHONY: help install study test test-slow docs lab clean clean-notebooks
 
 help:
 	@echo "make study   arXiv sources in, a finished study out (ARXIV=DIR SCALE=smoke|desk WORKSPACE=DIR ARGS=...)"
 	@echo "make test    nbdev-test and pytest"
+	@echo "make test-slow   the campaigns: kills, mutated archives, memory"
 	@echo "make docs    the site, in $(SITE)/"
 	@echo "make lab     JupyterLab on nbs/"
 	@echo "make clean-notebooks   clears outputs, as notebooks are committed"
@@ -38,7 +39,10 @@ study: install
 
 test: install
 	$(BIN)/nbdev-test --n-workers 2
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow --timeout 1800
 
 docs: install
 	$(BIN)/python docs/build.py --out $(SITE)

@@ -1,18 +1,24 @@
 """Timing on a noisy machine: the contestants take turns, each figure is a median, and only ratios from one run are compared."""
 import statistics, time
 
-def medians(contestants, repeats=5):
-    "Median seconds of each contestant (name -> function), after one turn to warm up."
+def medians(contestants, repeats=5, clock=time.perf_counter):
+    "Median seconds of each contestant (name -> function), after one turn to warm up; `time.process_time` leaves the neighbours of a process out."
     seconds = {name: [] for name in contestants}
     for turn in range(repeats + 1):
         for name, work in contestants.items():
-            start = time.perf_counter()
+            start = clock()
             work()
-            if turn: seconds[name].append(time.perf_counter() - start)
+            if turn or not repeats: seconds[name].append(clock() - start)
     return {name: statistics.median(s) for name, s in seconds.items()}
 
 def table(title, unit, amount, seconds, bound):
     "Print rates (amount a second) and each one's ratio to the bound."
     print(f"\n{title}")
     for name, s in sorted(seconds.items(), key=lambda x: x[1]):
-        print(f"  {name:58} {amount/s:12,.1f} {unit}   {seconds[bound]/s:6.2f} of {bound}")
+        print(f"  {name:58} {amount/s:12,.1f} {unit}   {seconds[bound]/s:6.2f} of {bound}", flush=True)
+
+def bars(title, rows):
+    "Print what was asked for beside what was measured; rows of (what, measured, least)."
+    print(f"\n{title}")
+    for what, measured, least in rows:
+        print(f"  {'holds' if measured >= least else 'FAILS':6} {what:70} {measured:8.2f}   asked: {least:g}", flush=True)
