@@ -10,7 +10,7 @@ from arxiv_study.corpus.ledger import REASONS, Reason
 from arxiv_study.corpus.miniature import ODDITIES, TROUBLES, write_miniature
 from arxiv_study.settings import StudyError
 
-NOT_BY_DEFAULT = {Reason.before_year, Reason.licence, Reason.archive_oddity, Reason.benchmark_overlap, Reason.processing_failed, Reason.worker_lost}
+NOT_BY_DEFAULT = {Reason.unsupported_archive, Reason.before_year, Reason.licence, Reason.archive_oddity, Reason.benchmark_overlap, Reason.processing_failed, Reason.worker_lost}
 
 @pytest.fixture(scope="module")
 def arxiv(tmp_path_factory):

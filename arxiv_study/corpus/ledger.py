@@ -26,7 +26,7 @@ class Stage(str, Enum):
 
     def __str__(self): return self.value
 
-# %% ../../nbs/corpus/00_ledger.ipynb #423080d8
+# %% ../../nbs/corpus/00_ledger.ipynb #0be8eef5
 class Reason(str, Enum):
     "Why a paper was dropped; the value is the name."
     no_metadata = "no_metadata"
@@ -43,6 +43,7 @@ class Reason(str, Enum):
     zero_bytes = "zero_bytes"
     truncated = "truncated"
     not_text = "not_text"
+    unsupported_archive = "unsupported_archive"
     no_tex = "no_tex"
     too_large = "too_large"
     archive_oddity = "archive_oddity"
@@ -86,7 +87,7 @@ _metadata_reasons = {
         "the record's licence address, compared as a whole; off by default", "a record without any licence where CC BY is asked for"),
 }
 
-# %% ../../nbs/corpus/00_ledger.ipynb #fbe53f16
+# %% ../../nbs/corpus/00_ledger.ipynb #9359ca75
 _archive_reasons = {
     Reason.no_source: ReasonInfo(Stage.archive, "The paper is known from its metadata only.",
         "no tar and no folder holds a member of that id", "every paper of a month whose tar was not fetched"),
@@ -100,6 +101,8 @@ _archive_reasons = {
         "gzip ends early or its checksum is wrong, or a tar header promises more bytes than there are", "an interrupted upload"),
     Reason.not_text: ReasonInfo(Stage.archive, "The payload is binary and of no known kind.",
         "neither a known signature nor decodable as text", "random bytes in a .gz"),
+    Reason.unsupported_archive: ReasonInfo(Stage.archive, "The payload is an archive that is not opened.",
+        "the signature of compress, 7z or rar, or a zip whose members are all encrypted", "a .Z file of 1993"),
     Reason.no_tex: ReasonInfo(Stage.archive, "The archive can be read and holds no TeX file.",
         "no member looks like TeX by name or by content", "a tar with a README and figures"),
     Reason.too_large: ReasonInfo(Stage.archive, "The archive unpacks to more than the limit.",
