@@ -26,12 +26,13 @@ class Stage(str, Enum):
 
     def __str__(self): return self.value
 
-# %% ../../nbs/corpus/00_ledger.ipynb #0be8eef5
+# %% ../../nbs/corpus/00_ledger.ipynb #27e7d430
 class Reason(str, Enum):
     "Why a paper was dropped; the value is the name."
     no_metadata = "no_metadata"
     no_studied_category = "no_studied_category"
     abstract_too_short = "abstract_too_short"
+    abstract_not_english = "abstract_not_english"
     withdrawn = "withdrawn"
     before_year = "before_year"
     licence = "licence"
@@ -71,7 +72,7 @@ class ReasonInfo:
     detection: str  # how the stage notices
     example: str    # a case as it occurs
 
-# %% ../../nbs/corpus/00_ledger.ipynb #4ae3a8c8
+# %% ../../nbs/corpus/00_ledger.ipynb #4e5fbb7b
 _metadata_reasons = {
     Reason.no_metadata: ReasonInfo(Stage.metadata, "The e-print lies in a bulk tar, but the snapshot has no record of it.",
         "the id of the tar member is absent from the metadata snapshot", "a tar that is newer than the snapshot"),
@@ -79,6 +80,8 @@ _metadata_reasons = {
         "categories are compared as wholes, never by substring", "physics.acc-ph, which contains the letters c and s only by accident"),
     Reason.abstract_too_short: ReasonInfo(Stage.metadata, "The abstract has too few words to be one, and there is no source that could decide instead.",
         "words between white space are counted; the floor can be made to hold for all papers", "See the published version."),
+    Reason.abstract_not_english: ReasonInfo(Stage.metadata, "The abstract is clearly in another language than the one asked for.",
+        "a language detector on the abstract, formulas and commands set aside; off by default", "Wir beweisen, dass jede kompakte Fläche eine solche Metrik besitzt."),
     Reason.withdrawn: ReasonInfo(Stage.metadata, "The authors or arXiv took the paper back.",
         "the comments say so, or the abstract opens with it; the word in passing does not count", "This paper has been withdrawn due to an error in Lemma 2"),
     Reason.before_year: ReasonInfo(Stage.metadata, "The first version is older than the year asked for.",
