@@ -81,32 +81,31 @@ def _blocks(file, # opened for bytes, unbuffered
         if len(rest) > max_line: break
     if rest: yield rest
 
-# %% ../../nbs/corpus/02_metadata.ipynb #31c3cf00
-def _decoded(block:bytes, first:int, # number of its first line
-             decoder:msgspec.json.Decoder, path:Path)->list[Record]:
-    "The records of a block; where there is not one a line, line by line."
-    try: found = decoder.decode_lines(block)
-    except (msgspec.DecodeError, UnicodeDecodeError): found = ()
-    if len(found) == block.count(b"\n"): return found
-    return [_record(line, n, decoder, path) for n, line in enumerate(block.split(b"\n"), first) if line.strip()]
+# %% ../../nbs/corpus/02_metadata.ipynb #75553415
+def _wrong_line(path:Path, block:bytes, offset:int, # where the block begins
+                decode)->StudyError:
+    "What to say about a block that cannot be decoded."
+    with open(path, "rb", buffering=0) as file:
+        before = sum(file.read(min(1<<18, offset - at)).count(b"\n") for at in range(0, offset, 1<<18))
+    for n, line in enumerate(block.split(b"\n"), before + 1):
+        try: line.strip() and decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+            return StudyError(f"{path}: line {n} is not a metadata record ({e}); fetch the snapshot again or remove the line")
+    return StudyError(f"{path}: a record does not end on the line it begins on, near line {before + 1}; fetch the snapshot again")
 
-def _record(line:bytes, n:int, decoder:msgspec.json.Decoder, path:Path)->Record:
-    "The record of a line."
-    try: return decoder.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
-        raise StudyError(f"{path}: line {n} is not a metadata record ({e}); fetch the snapshot again or remove the line") from e
-
-# %% ../../nbs/corpus/02_metadata.ipynb #512c2d3d
+# %% ../../nbs/corpus/02_metadata.ipynb #84077f6f
 def read_snapshot(path:Path # arxiv-metadata-oai-snapshot.json
                  )->Iterator[Record]: # errors: StudyError names file and line
     "The records of a metadata snapshot, one at a time."
-    decoder, line = msgspec.json.Decoder(Record), 1
+    decoder, at = msgspec.json.Decoder(Record), 0
     if not Path(path).is_file(): raise StudyError(f"{path} does not exist; an arXiv folder holds the metadata snapshot under this name")
     with open(path, "rb", buffering=0) as file:
         for block in _blocks(file):
-            yield from _decoded(block, line, decoder, path)
-            line += block.count(b"\n")
-        if not file.tell(): raise StudyError(f"{path} is empty; fetch the metadata snapshot again")
+            try: found = decoder.decode_lines(block)
+            except (msgspec.DecodeError, UnicodeDecodeError) as e: raise _wrong_line(path, block, at, decoder.decode) from e
+            yield from found
+            at += len(block)
+    if not at: raise StudyError(f"{path} is empty; fetch the metadata snapshot again")
 
 # %% ../../nbs/corpus/02_metadata.ipynb #a0c03372
 SUBSUMED = {"acc-phys": "physics.acc-ph", "adap-org": "nlin.AO", "alg-geom": "math.AG", "ao-sci": "physics.ao-ph", "atom-ph": "physics.atom-ph",
@@ -122,7 +121,7 @@ def is_studied(categories:list[str], # primary first
     asked = categories if match == "any" else categories[:1]
     return any(is_category(SUBSUMED.get(c, c), p) for c in asked for p in patterns)
 
-# %% ../../nbs/corpus/02_metadata.ipynb #b6b65a1a
+# %% ../../nbs/corpus/02_metadata.ipynb #6743ea4d
 _noun = r"(?:paper|article|manuscript|submission|preprint|e-?print|work|note|letter|draft)s?\b\s*(?:\(s\)\s*)?"
 _this = r"(?:this|the|our|my)\s+(?:present\s+)?(?:arxiv\s+)?"
 _verb = r"(?:(?:has|have|is|was|are|were|had)\s+)?(?:(?:been|now|being|temporarily|hereby|already|also|permanently|voluntarily)\s+)*"
@@ -133,13 +132,13 @@ _about_it = (rf"(?:{_this})?{_noun}{_verb}(?:withdrawn|retracted|removed\s+by\s+
              rf"(?:we|the\s+authors?|i)\s+(?:(?:has|have|hereby|must|wish\s+to|am|are)\s+)*(?:withdraws?|withdraw(?:n|ing)|withdrew|retract(?:s|ed|ing)?)\s+(?:this|the|our|my)\s+{_noun}")
 _bare = rf"{_verb}(?:withdrawn|retracted|removed\s+by\s+(?:the\s+)?arxiv)\b{_not_elsewhere}{_goes_on}"
 _clause = rf"(?:(?:please\s+)?note\s+that\s+)?(?:{'|'.join(_about_it)}|(?P<bare>{_bare}))"
-_in_comments, _opening = re.compile(rf"(?:^|[.;:,!(\[]|\s-+)\s*{_clause}", re.I), re.compile(_clause, re.I)
+_in_comments, _opening = re.compile(rf"(?:^|[.;:,!(\[]|\s-+)\s*{_clause}", re.I), re.compile(rf"\s*{_clause}", re.I)
 _another = re.compile(r"\b(?:papers?|versions?|preprints?|articles?|notes?|lemma|theorem|proof|claim|section|appendix|part|result|v\d+)\b|\d{4}\.\d{4}|/\d{7}", re.I)
 
-# %% ../../nbs/corpus/02_metadata.ipynb #5874d360
-def _worth_a_look(text:str|None)->bool:
+# %% ../../nbs/corpus/02_metadata.ipynb #2f4c08a1
+def _worth_a_look(text:str)->bool:
     "Whether a text has a word in it that every statement has."
-    return text is not None and ("withdr" in (low := text.lower()) or "retract" in low or "removed by" in low)
+    return "withdr" in (low := text.lower()) or "retract" in low or "removed" in low
 
 def _of_this(m:re.Match)->bool:
     "Whether a bare participle is about this paper: what its sentence said before names no other."
@@ -149,8 +148,8 @@ def is_withdrawn(comments:str|None, # the comments of a record
                  abstract:str|None=None # counts where it opens with the statement
                 )->bool:
     "Whether a record says that its paper is withdrawn; the word in passing does not count."
-    if _worth_a_look(comments) and any(map(_of_this, _in_comments.finditer(" ".join(comments.split())))): return True
-    return bool(abstract) and _worth_a_look(abstract[:300]) and _opening.match(" ".join(abstract[:300].split())) is not None
+    if comments and _worth_a_look(comments) and any(map(_of_this, _in_comments.finditer(" ".join(comments.split())))): return True
+    return bool(abstract) and _worth_a_look(abstract[:160]) and _opening.match(abstract) is not None # the longest statement fits
 
 # %% ../../nbs/corpus/02_metadata.ipynb #bdd94f49
 def has_withdrawn_flag(record:Record)->bool:
@@ -205,7 +204,7 @@ def too_early(r:Record, rules:MetadataRules)->bool:
     "Whether the first version is older than the floor, or of an unknown year."
     return rules.min_year is not None and (year_of(r) or 0) < rules.min_year
 
-# %% ../../nbs/corpus/02_metadata.ipynb #fd06da05
+# %% ../../nbs/corpus/02_metadata.ipynb #2ae555e2
 def not_licensed(r:Record, rules:MetadataRules)->bool:
     "Whether the licence is not among those asked for."
     return (rules.licences is not None or rules.licence_policy != "any") and not _licensed(r.license, rules.licence_policy, rules.licences)
@@ -213,7 +212,7 @@ def not_licensed(r:Record, rules:MetadataRules)->bool:
 def short_abstract(r:Record, rules:MetadataRules)->bool:
     "Whether the abstract has fewer words than the floor."
     n = rules.min_abstract_words
-    return n > 0 and len((r.abstract or "").split(None, n)[:n]) < n
+    return n > 0 and len((r.abstract or "").split(None, n - 1)) < n
 
 def foreign_abstract(r:Record, rules:MetadataRules)->bool:
     "Whether the abstract is clearly in another language."
