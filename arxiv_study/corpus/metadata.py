@@ -68,9 +68,9 @@ def year_of(record:Record)->int|None:
     month = month_of(record.id)
     return None if month == "other" else int(month[:2]) + (1900 if month >= "9101" else 2000)
 
-# %% ../../nbs/corpus/02_metadata.ipynb #fdcca889
+# %% ../../nbs/corpus/02_metadata.ipynb #2d01169e
 def _blocks(file, # opened for bytes, unbuffered
-            n_bytes:int=1<<18, max_line:int=1<<26 # a record has some thousand bytes
+            n_bytes:int=1<<18, max_line:int=1<<24 # a record has some thousand bytes
            )->Iterator[bytes]: # whole lines; ends early where a line does not end
     "A file in blocks of whole lines."
     rest = b""
@@ -121,28 +121,28 @@ def is_studied(categories:list[str], # primary first
     asked = categories if match == "any" else categories[:1]
     return any(is_category(SUBSUMED.get(c, c), p) for c in asked for p in patterns)
 
-# %% ../../nbs/corpus/02_metadata.ipynb #6743ea4d
+# %% ../../nbs/corpus/02_metadata.ipynb #9699b48b
 _noun = r"(?:paper|article|manuscript|submission|preprint|e-?print|work|note|letter|draft)s?\b\s*(?:\(s\)\s*)?"
 _this = r"(?:this|the|our|my)\s+(?:present\s+)?(?:arxiv\s+)?"
 _verb = r"(?:(?:has|have|is|was|are|were|had)\s+)?(?:(?:been|now|being|temporarily|hereby|already|also|permanently|voluntarily)\s+)*"
 _not_elsewhere = r"(?!\s+from\s+(?!(?:the\s+)?arxiv))" # withdrawn from a journal
-_goes_on = r"(?=\s*(?:$|[.,;:!)\]-]|(?:by|due|because|since|as|for|until|pending|temporarily|in|and|at|on|while|owing)\b))"
+_goes_on = r"(?=\s*(?:$|[.,;:!)\]-]|(?:by|due|because|since|as|for|until|pending|temporarily|in|and|at|on|while|owing|from)\b))"
 _about_it = (rf"(?:{_this})?{_noun}{_verb}(?:withdrawn|retracted|removed\s+by\s+(?:the\s+)?arxiv)\b{_not_elsewhere}",
              rf"this\s+{_verb}(?:withdrawn|retracted)\b{_not_elsewhere}{_goes_on}",
              rf"(?:we|the\s+authors?|i)\s+(?:(?:has|have|hereby|must|wish\s+to|am|are)\s+)*(?:withdraws?|withdraw(?:n|ing)|withdrew|retract(?:s|ed|ing)?)\s+(?:this|the|our|my)\s+{_noun}")
 _bare = rf"{_verb}(?:withdrawn|retracted|removed\s+by\s+(?:the\s+)?arxiv)\b{_not_elsewhere}{_goes_on}"
 _clause = rf"(?:(?:please\s+)?note\s+that\s+)?(?:{'|'.join(_about_it)}|(?P<bare>{_bare}))"
 _in_comments, _opening = re.compile(rf"(?:^|[.;:,!(\[]|\s-+)\s*{_clause}", re.I), re.compile(rf"\s*{_clause}", re.I)
-_another = re.compile(r"\b(?:papers?|versions?|preprints?|articles?|notes?|lemma|theorem|proof|claim|section|appendix|part|result|v\d+)\b|\d{4}\.\d{4}|/\d{7}", re.I)
+_another = re.compile(r"\b(?:papers?|versions?|preprints?|articles?|notes?|lemma|theorem|proof|claim|section|appendix|part|result)\b|(?<!^)\bv\d+|\d{4}\.\d{4}|/\d{7}", re.I)
 
-# %% ../../nbs/corpus/02_metadata.ipynb #2f4c08a1
+# %% ../../nbs/corpus/02_metadata.ipynb #ba624a6e
 def _worth_a_look(text:str)->bool:
     "Whether a text has a word in it that every statement has."
     return "withdr" in (low := text.lower()) or "retract" in low or "removed" in low
 
 def _of_this(m:re.Match)->bool:
     "Whether a bare participle is about this paper: what its sentence said before names no other."
-    return m["bare"] is None or not _another.search(re.split(r"[.;!](?:\s|$)", m.string[:m.start()])[-1])
+    return m["bare"] is None or not _another.search(re.split(r"[.;!](?:\s|$)", m.string[:m.start()])[-1].strip())
 
 def is_withdrawn(comments:str|None, # the comments of a record
                  abstract:str|None=None # counts where it opens with the statement
