@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np, polars as pl, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from arxiv_study.settings import StudyError
-from arxiv_study.tokens.batches import IGNORED, Batches, BatchConfig, shuffled
+from arxiv_study.tokens.batches import IGNORED, Batches, BatchConfig
+from arxiv_study.tokens.order import shuffled
 from arxiv_study.tokens.indexed import Shard, shard_writer, token_dtype
 from arxiv_study.tokens.pack import pack
 from arxiv_study.tokens.tokenizer import ESCAPE, Tokenizer, TokenizerConfig, train_tokenizer

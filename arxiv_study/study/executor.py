@@ -24,7 +24,7 @@ from ..storage import clear_abandoned, fingerprint, read_json, read_jsonl, whole
 from .process import PAPERMILL, follow
 from .results import load_results, read_status, run_folder, table_of_runs
 from .runs import BASELINES, Run, RunConfig, changed, difference, effective, flat, model_config, read_runs, requested, requested_run, runs_folder, select
-from ..tokens.batches import training_papers
+from ..tokens.rows import training_papers
 from ..tokens.pack import pack
 from ..tokens.tokenizer import TokenizerConfig, seed_order, train_tokenizer
 
