@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ONE_THREAD', 'process_pool', 'run_tasks', 'dask_pool', 'pools_by', 'only_builder']
 
-# %% ../nbs/03_workers.ipynb #12711da4
+# %% ../nbs/03_workers.ipynb #45a561be
 import fcntl, multiprocessing, os, signal, socket, sys, threading, types
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from .settings import StudyError
@@ -108,7 +108,7 @@ def _check_workers(client, engine:str, shared:Path):
     if blind := sorted(w for w, s in sees.items() if not s):
         raise StudyError(f"the Dask worker {blind[0]} does not see {shared}; workers read and write files there, so it must lie on a file system that all of them share")
 
-# %% ../nbs/03_workers.ipynb #1ff74c7f
+# %% ../nbs/03_workers.ipynb #86572efb
 @contextmanager
 def dask_pool(engine:str, # dask://HOST:PORT
               shared:Path): # folder that all workers must see
@@ -121,10 +121,11 @@ def dask_pool(engine:str, # dask://HOST:PORT
         except CancelledError as e: raise StudyError(f"the Dask cluster at {engine} has gone; start it again, and the same command goes on where this one stopped") from e
 
 @contextmanager
-def pools_by(engine:str, # local, or dask://HOST:PORT
+def pools_by(engine, # local, dask://HOST:PORT, or an Executor
              shared:Path): # folder that workers read and write
     "What opens a pool of workers; errors: StudyError where the engine is not known or not there."
-    if engine == "local": yield process_pool
+    if isinstance(engine, Executor): yield lambda n_workers: nullcontext(engine)
+    elif engine == "local": yield process_pool
     elif engine.startswith("dask://"):
         with dask_pool(engine, shared) as pool: yield pool
     else: raise StudyError(f"engine is {engine!r}; choose local or dask://HOST:PORT", code=2)
