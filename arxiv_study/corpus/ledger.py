@@ -26,7 +26,7 @@ class Stage(str, Enum):
 
     def __str__(self): return self.value
 
-# %% ../../nbs/corpus/00_ledger.ipynb #27e7d430
+# %% ../../nbs/corpus/00_ledger.ipynb #94788f30
 class Reason(str, Enum):
     "Why a paper was dropped; the value is the name."
     no_metadata = "no_metadata"
@@ -57,6 +57,9 @@ class Reason(str, Enum):
     not_english = "not_english"
     few_letters = "few_letters"
     repeated_lines = "repeated_lines"
+    boilerplate = "boilerplate"
+    word_length = "word_length"
+    open_environments = "open_environments"
     exact_duplicate = "exact_duplicate"
     near_duplicate = "near_duplicate"
     benchmark_overlap = "benchmark_overlap"
@@ -118,7 +121,7 @@ _archive_reasons = {
         "the process ended twice with this paper in hand, the second time with nothing beside it", "a fault in a C library"),
 }
 
-# %% ../../nbs/corpus/00_ledger.ipynb #2edc576f
+# %% ../../nbs/corpus/00_ledger.ipynb #dc1e5a0a
 _text_reasons = {
     Reason.no_main_file: ReasonInfo(Stage.latex, "No file of the e-print starts a document.",
         "no \\documentclass, \\documentstyle, nor a plain TeX file that ends in \\bye", "a tar of macro files only"),
@@ -134,6 +137,12 @@ _text_reasons = {
         "share of letters in the prose", "a table of numbers in a .tex file"),
     Reason.repeated_lines: ReasonInfo(Stage.quality, "The text repeats itself.",
         "share of the text in lines that were there before", "generated listings"),
+    Reason.boilerplate: ReasonInfo(Stage.quality, "The text is filler, or what a template says to its user.",
+        "share of lines with a phrase of filler or template text, in the beginning, the middle and the end", "a publisher's sample article, submitted as it came"),
+    Reason.word_length: ReasonInfo(Stage.quality, "The words are too short or too long on average to be prose.",
+        "mean length of the words in a sample of prose", "sequences of genes in a .tex file"),
+    Reason.open_environments: ReasonInfo(Stage.quality, "Most environments are begun and never ended, or ended and never begun.",
+        "share of \\begin and \\end without a partner", "a file of definitions, or half of a document"),
     Reason.exact_duplicate: ReasonInfo(Stage.duplicates, "Another paper has the same text.",
         "equal hash of the text, white space and capitals aside; one paper stays", "a paper submitted twice"),
     Reason.near_duplicate: ReasonInfo(Stage.duplicates, "Another paper has nearly the same text.",
