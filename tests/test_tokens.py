@@ -1,5 +1,6 @@
 """The tokens room: what a chapter's cells cannot test. Round trips over all of Unicode, replay, corruption, several processes."""
-import json, os, shutil, struct, subprocess, sys, time
+import importlib.util, json, os, shutil, struct, subprocess, sys, time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, polars as pl, pytest
@@ -187,18 +188,101 @@ def sequential(tokens_dir, config, n_steps, world_size):
     for _ in range(n_steps):
         yield np.stack([[[next(sequence) for _ in range(config.rows)] for _ in range(world_size)] for _ in range(config.accumulation)])  # [A, W, R, T+1]
 
-def test_any_batch_equals_the_sequential_definition(home):
-    "1,000 draws of step, world size, rank and order, each asked for directly and out of order."
-    rng, draws, n_steps = np.random.default_rng(0), 0, 60
+def draws_that_agree(home, n_draws, seed=0, n_steps=60):
+    "Draws of step, world size, rank and order, each asked for directly and out of order, against the definition."
+    rng, draws = np.random.default_rng(seed), 0
     for order in "mixed", "prose_first", "formula_first":
         for world_size, rows, accumulation, unique in (1, 3, 1, None), (2, 2, 2, None), (3, 1, 2, 1500), (4, 2, 1, None):
             config = BatchConfig(context=32, rows=rows, accumulation=accumulation, order=order, unique_tokens=unique, seed=int(rng.integers(5)), prefetch=False)
             truth = list(sequential(home/"tokens", config, n_steps, world_size))
             ranks = [Batches(home/"tokens", config, rank, world_size) for rank in range(world_size)]
-            for step, rank in zip(rng.integers(0, n_steps, 84), rng.integers(0, world_size, 84)):
+            for step, rank in zip(rng.integers(0, n_steps, -(-n_draws//12)), rng.integers(0, world_size, -(-n_draws//12))):
                 assert np.array_equal(ranks[rank].batch(int(step)).tokens, truth[step][:, rank])
                 draws += 1
-    assert draws >= 1000
+    return draws
+
+def test_any_batch_equals_the_sequential_definition(home):
+    assert draws_that_agree(home, 1000) >= 1000
+
+@pytest.mark.slow
+def test_ten_thousand_batches_equal_the_sequential_definition(home):
+    assert draws_that_agree(home, 10_000, seed=1, n_steps=300) >= 10_000
+
+
+def test_after_a_kill_the_next_batch_is_the_one_that_would_have_been(home):
+    "A process serves batches and is killed between two of them; another goes on from the number alone."
+    code = f"""
+import hashlib, sys
+from arxiv_study.tokens.batches import Batches, BatchConfig
+b = Batches({str(home/'tokens')!r}, BatchConfig(context=32, rows=2, curriculum=({{"at": 0, "math": 1, "cs": 3}}, {{"at": .5, "math": 1}}), budget_tokens=9000), 1, 2)
+for step in range(int(sys.argv[1]), 200): print(step, hashlib.sha256(b.batch(step).tokens.tobytes()).hexdigest(), flush=True)
+"""
+    start = lambda step: subprocess.Popen([sys.executable, "-c", code, str(step)], stdout=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONPATH=str(Path(__file__).parents[1])))
+    whole, lines = start(0).communicate(timeout=120)[0].splitlines(), []
+    for n in 7, 31: # lines to read before the kill
+        process = start(len(lines))
+        lines += [process.stdout.readline().strip() for _ in range(n)]
+        process.kill()
+        process.communicate()
+    rest = start(len(lines))
+    lines += rest.communicate(timeout=120)[0].splitlines()
+    assert lines == whole and len(whole) == 200
+
+
+def test_a_schedule_serves_what_it_asks_for_on_any_number_of_ranks(home):
+    knots, budget = ({"at": 0, "math": 1, "cs": 1}, {"at": .5, "physics": 1}), 6400
+    config = BatchConfig(context=32, rows=4, curriculum=knots, budget_tokens=budget, prefetch=False)
+    one, two = Batches(home/"tokens", config), [Batches(home/"tokens", replace(config, rows=2), r, 2) for r in range(2)]
+    for step in 0, 13, 30, 60: # the last is past the budget: the schedule begins again
+        assert np.array_equal(one.batch(step).tokens[0], np.concatenate([b.batch(step).tokens[0] for b in two]))
+    papers, first, second = one.domains[one.papers], Counter(), Counter()
+    for step in range(budget // 128):
+        s = one.rows.places(one.rows_of(step).ravel())
+        for domain, n in zip(papers[s.paper], s.n_tokens): (first if step < budget // 256 else second)[domain] += int(n)
+    total = sum(first.values())
+    assert abs(first["math"]/total - .5) < .06 and abs(first["cs"]/total - .5) < .06 # borders between papers blur it
+    assert second["physics"] > .9 * sum(second.values())
+    with pytest.raises(StudyError, match="asks for 'stat'"): Batches(home/"tokens", BatchConfig(context=32, curriculum=({"at": 0, "stat": 1},)))
+
+
+def test_documents_are_told_apart(home):
+    within = Batches(home/"tokens", BatchConfig(context=64, rows=3, attention="within", prefetch=False))
+    end = Tokenizer.load(home/"tokens").end_id
+    for step in range(20):
+        b = within.batch(step)
+        changes = np.diff(b.documents, axis=-1) != 0
+        assert (changes == (b.tokens[..., :-2] == end)).all() # a document ends with its end token and nowhere else
+
+
+def test_shards_elsewhere_serve_the_same_and_refuse_what_was_cut(home, tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    for file in (home/"tokens").iterdir(): memory.pipe_file(f"/far/{file.name}", file.read_bytes())
+    config = BatchConfig(context=32, rows=2, prefetch=False)
+    near, far = Batches(home/"tokens", config), Batches("memory://far", config, cache=tmp_path/"a")
+    for step in range(0, 40, 3): assert np.array_equal(near.batch(step).tokens, far.batch(step).tokens)
+    memory.pipe_file("/far/train-cs.bin", (home/"tokens"/"train-cs.bin").read_bytes()[:-2])
+    with pytest.raises(StudyError, match="index says"): Batches("memory://far", config, cache=tmp_path/"b")
+    memory.rm("/far", recursive=True)
+    with pytest.raises(StudyError, match="memory://far"): Batches("memory://far", config, cache=tmp_path/"c")
+
+
+@pytest.mark.peer
+def test_megatron_core_reads_our_shards(home):
+    "Megatron's own reader, in a process of its own: it brings much along."
+    if importlib.util.find_spec("megatron") is None: pytest.skip("the package megatron-core is not installed (extra bench)")
+    code = f"""
+import sys, numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from arxiv_study.tokens.indexed import Shard
+for name in "train-math", "val-cs":
+    theirs, ours = IndexedDataset({str(home/'tokens')!r} + "/" + name), Shard({str(home/'tokens')!r} + "/" + name)
+    assert len(theirs) == len(ours) and theirs.document_indices.tolist() == list(range(len(ours) + 1))
+    for i in range(len(ours)): assert np.array_equal(theirs[i], ours.read(i)) and theirs.get(i, offset=1, length=2).tolist() == ours.read(i, 1, 3).tolist()
+print("read")
+"""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.stdout.strip().endswith("read"), run.stderr[-2000:]
 
 
 def test_the_order_does_not_depend_on_the_number_of_ranks(home):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ORDERS', 'LAYOUTS', 'SOURCES', 'ATTENTION', 'IGNORED', 'AT_ONCE', 'BatchConfig', 'Batch', 'Batches']
 
-# %% ../../nbs/tokens/08_batches.ipynb #c0fecfc1
+# %% ../../nbs/tokens/08_batches.ipynb #5554e7d7
 import threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from ..settings import StudyError
 from ..storage import read_json
 from .devices import is_remote, localized, storage_class
 from .order import MixtureOrder, RowOrder, density_parts, parts_of_rows, schedule
-from .rows import PackedRows, PaddedRows, ShardSource, TextSource, training_papers, whole_densities
+from .rows import Lookup, PackedRows, PaddedRows, ShardSource, TextSource, training_papers, whole_densities
 from .tokenizer import Tokenizer, seed_order
 
 # %% ../../nbs/tokens/08_batches.ipynb #5a2560c0
@@ -129,7 +129,7 @@ def _order(self:Batches, papers):
     n_positions = max(1, round((c.budget_tokens or self.rows.n_targets) * self.n_rows / self.rows.n_targets))
     return MixtureOrder(parts_of_rows(plan.parts, domains, density_parts(densities, c.stages)), plan, n_positions, c.seed)
 
-# %% ../../nbs/tokens/08_batches.ipynb #95494b1d
+# %% ../../nbs/tokens/08_batches.ipynb #c53e8bcf
 @patch
 def positions(self:Batches, step:int)->np.ndarray: # int64 [accumulation, rows]
     "This rank's positions in the sequence of rows."
@@ -145,27 +145,35 @@ AT_ONCE = 4096 # rows looked up together: the shuffle's arithmetic costs as much
 
 @patch
 def rows_of(self:Batches, step:int)->np.ndarray: # int64 [accumulation, rows]
-    "The rows of a step of this rank; steps near it are looked up with it."
-    n = max(1, AT_ONCE // (self.config.accumulation * self.config.rows))
-    block = step // n
-    known = self.known
-    if known[0] != block: self.known = known = block, self.order.rows_at(np.stack([self.positions(s) for s in range(block * n, (block + 1) * n)]))
-    return known[1][step - block * n]
+    "The rows of a step of this rank."
+    return self.order.rows_at(self.positions(step))
 
-# %% ../../nbs/tokens/08_batches.ipynb #04c96a85
+@patch
+def looked_up(self:Batches, step:int)->tuple: # Lookup, its first row that is the step's
+    "The rows of a step, looked up with those of the steps around it."
+    per_step = self.config.accumulation * self.config.rows
+    n = max(1, AT_ONCE // per_step)
+    block, known = step // n, self.known
+    if known[0] != block:
+        positions = np.concatenate([self.positions(s).ravel() for s in range(block * n, (block + 1) * n)])
+        self.known = known = block, Lookup(self.rows, self.order.rows_at(positions))
+    return known[1], (step - block * n) * per_step
+
+# %% ../../nbs/tokens/08_batches.ipynb #c047fc04
 @patch
 def _read(self:Batches, step:int)->dict: # fields of a Batch
     "Make one batch."
     started, rates, c = time.perf_counter(), self.config.throttle_mb_per_s, self.config
-    rows = self.rows_of(step)
-    tokens = np.empty((*rows.shape, c.context + 1), np.int64)
-    n_targets, n_bytes, segments = self.rows.read(rows.ravel(), tokens.reshape(-1, c.context + 1))
+    found, i = self.looked_up(step)
+    n, shape = c.accumulation * c.rows, (c.accumulation, c.rows, c.context + 1)
+    tokens = np.full(shape, self.rows.pad_id) if c.layout == "padded" else np.empty(shape, np.int64)
+    n_targets, n_bytes, n_reads = found.read(i, i + n, tokens.reshape(n, -1))
     targets = tokens[..., 1:]
-    if c.layout == "padded": targets = np.where(np.arange(c.context) < n_targets.reshape(*rows.shape, 1), targets, IGNORED)
+    if c.layout == "padded": targets = np.where(np.arange(c.context) < found.n_targets[i:i + n].reshape(*shape[:2], 1), targets, IGNORED)
     rate = rates[step % len(rates)] if rates else None
-    if rate: self.closed.wait(max(0, _seconds(rate, n_bytes, len(segments.row)) - (time.perf_counter() - started)))
-    documents = _documents(segments, tokens.shape) if c.attention == "within" else None
-    return dict(tokens=tokens, targets=targets, n_tokens=int(n_targets.sum()), n_bytes_read=n_bytes, throttle=rate, documents=documents)
+    if rate: self.closed.wait(max(0, _seconds(rate, n_bytes, n_reads) - (time.perf_counter() - started)))
+    documents = _documents(self.rows.places(self.rows_of(step).ravel()), shape) if c.attention == "within" else None
+    return dict(tokens=tokens, targets=targets, n_tokens=n_targets, n_bytes_read=n_bytes, throttle=rate, documents=documents)
 
 def _seconds(rate, n_bytes:int, n_reads:int)->float:
     "How long a read takes at a rate in MB/s or on a storage class."
