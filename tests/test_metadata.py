@@ -1,5 +1,5 @@
 """The metadata snapshot and what rules cost: real records, planted statements, memory and speed, the yield table against its ledger."""
-import json, re, statistics, subprocess, sys, time
+import json, re, statistics, subprocess, sys, tempfile, time
 from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from itertools import product
@@ -12,6 +12,9 @@ from hypothesis import given, settings, strategies as st
 from arxiv_study.corpus.ledger import Reason
 from arxiv_study.corpus.metadata import (MetadataRules, Record, broken_rules, categories_of, is_licensed, is_studied, is_withdrawn, judge, month_of,
                                          read_snapshot, year_of)
+from arxiv_study.corpus.miniature import write_miniature
+from arxiv_study.corpus.pipeline import CorpusConfig, build_corpus, open_ledger
+from arxiv_study.corpus.yields import cost_of_changes, metadata_rules_of, parts_of, rejudged, what_if, what_if_figure, with_menu, year_floor_figure, yield_bars, yield_sankey
 from arxiv_study.settings import StudyError
 
 SHARED = Path(__file__).parents[1].parent/"shared"/"arxiv"
@@ -261,3 +264,89 @@ def test_the_verdict_is_the_first_rule_broken(records):
         rules = MetadataRules(min_year=year, licence_policy=policy, short_abstract=short)
         for r in records[::3]:
             for has_source in (False, True): assert judge(r, rules, has_source) == next(iter(broken_rules(r, rules, has_source)), None)
+
+
+# What rules cost
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory):
+    "A miniature arXiv and what was made of it by the default rules, and with a floor for the year."
+    folder = tmp_path_factory.mktemp("yield")
+    write_miniature(folder/"arxiv", n_papers=160, seed=8, papers_per_tar=20)
+    build = lambda name, **change: build_corpus(folder/"arxiv", folder/name, CorpusConfig(**change), workers=1)
+    return folder/"arxiv", build("whole"), build("late", min_year=2012)
+
+def past_metadata(ledger): return {i for i, stage, box in ledger.select("id", "stage", "container").iter_rows() if stage != "metadata" and box is not None}
+
+def test_in_order_is_the_ledger(miniature):
+    arxiv, *corpora = miniature
+    for corpus in corpora:
+        counts = dict(open_ledger(corpus)["reason"].drop_nulls().value_counts().iter_rows())
+        table = what_if(arxiv, corpus)
+        assert dict(table.filter(pl.col("papers_in_order") > 0).select("rule", "papers_in_order").iter_rows()) == counts
+        assert (table["papers_alone"] >= table["papers_in_order"]).all() and (table["papers_back"] <= table["papers_alone"]).all()
+
+def test_what_would_come_back_comes_back(miniature):
+    "The corpus without the rule is made, and compared."
+    arxiv, whole, late = miniature
+    row = what_if(arxiv, late).filter(pl.col("rule") == "before_year").row(0, named=True)
+    without, with_it = open_ledger(whole), open_ledger(late)
+    back = past_metadata(without) - past_metadata(with_it)
+    assert row["papers_back"] == len(back) > 20
+    gained = without.filter(pl.col("id").is_in(list(back)))["text_bytes"].sum()
+    assert abs(row["text_bytes_back"]/gained - 1) < .25, row # an estimate, from the bytes of unopened archives
+
+def test_a_rule_foreseen_is_a_rule_made(miniature):
+    "What a floor for the year would cost, foreseen from the corpus without it, is what it does cost."
+    arxiv, whole, late = miniature
+    rules = replace(metadata_rules_of(whole), min_year=2012)
+    row = cost_of_changes(arxiv, whole, {"late": rules}).row(0, named=True)
+    early = open_ledger(whole).filter((pl.col("fate") == "kept") & (pl.col("year") < 2012))
+    assert (row["papers_lost"], row["text_bytes_lost"], row["papers_back"]) == (len(early), early["text_bytes"].sum(), 0)
+    assert rejudged(arxiv, whole, rules=rules).filter(pl.col("stage") == "metadata")["first"].null_count() == 0
+    stopped = open_ledger(late).filter(pl.col("stage") == "metadata").select("id", "reason")
+    foreseen = rejudged(arxiv, whole, rules=rules).filter(pl.col("first").is_in(stopped["reason"].unique().to_list())).select("id", reason="first")
+    assert foreseen.sort("id").equals(stopped.sort("id"))
+
+@pytest.mark.parametrize("by", ["domain", "year", "container"])
+def test_parts_add_up(miniature, by):
+    arxiv, whole, _ = miniature
+    columns = ["papers_alone", "papers_in_order", "papers_back", "text_bytes_alone", "text_bytes_in_order", "text_bytes_back"]
+    parts = what_if(arxiv, whole, by=by).group_by("rule").agg(pl.col(columns).sum()).sort("rule")
+    assert parts.equals(what_if(arxiv, whole).select("rule", *columns).sort("rule"))
+
+def test_worth_is_tokens_where_there_are_tokens(miniature, tmp_path):
+    arxiv, whole, _ = miniature
+    ledger = open_ledger(whole)
+    made = ledger.filter(pl.col("fate") == "kept").select("id", n_tokens=pl.col("text_bytes")*2) # planted: two tokens a byte
+    made.write_parquet(tmp_path/"papers.parquet")
+    papers, as_bytes = rejudged(arxiv, whole, tmp_path), rejudged(arxiv, whole)
+    assert (papers["worth"] - 2*as_bytes["worth"]).abs().max() <= 1 # rounding
+    assert papers.filter(pl.col("basis") == "measured")["id"].to_list() == made["id"].to_list()
+    assert "tokens_back" in what_if(arxiv, whole, tmp_path).columns
+
+def test_figures_say_what_the_tables_say(miniature):
+    arxiv, whole, _ = miniature
+    ledger, papers = open_ledger(whole), rejudged(arxiv, whole)
+    for figure in (what_if_figure(papers), year_floor_figure(ledger), yield_bars(ledger), with_menu({n: yield_sankey(p) for n, p in parts_of(ledger, "domain").items()})):
+        assert figure.layout.title.text and figure.layout.meta["alt"].endswith(".")
+        for choice in [b for m in figure.layout.updatemenus for b in m.buttons]: assert sum(choice.args[0]["visible"]) in (1, 3) and choice.args[1]["title.text"]
+    kept = ledger.filter(pl.col("fate") == "kept")
+    bars = year_floor_figure(ledger).data[0]
+    assert sum(bars.y) == kept["text_bytes"].sum() and sum(bars.customdata) == len(kept)
+    step = year_floor_figure(ledger).layout.sliders[0].steps[-1]
+    last = kept["year"].max()
+    assert f"costs {(kept['year'] < last).sum():,} of {len(kept):,}" in step.args[1]["title.text"] and step.label == str(last)
+
+@needs_shared
+def test_each_later_drop_is_explained_in_the_chapter():
+    "The chapter's table of later drops of labelled sources is what the ledger says."
+    chapter = Path(__file__).parents[1]/"nbs"/"corpus"/"13_yield.ipynb"
+    said = {}
+    for cell in json.loads(chapter.read_text())["cells"]:
+        for ids, reason in re.findall(r"^\| ([\d., ]+) \| (?:[^|]+) \| `(\w+)` \|", "".join(cell["source"]), flags=re.M): said |= {i: reason for i in ids.split(", ")}
+    labelled = {t["id"] for t in map(json.loads, (SHARED/"truth.jsonl").read_text().splitlines()) if t["fate"] == "source"}
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = open_ledger(build_corpus(SHARED, Path(folder)/"corpus", CorpusConfig(), workers=2))
+    dropped = dict(ledger.filter(pl.col("id").is_in(list(labelled)) & (pl.col("fate") == "dropped")).select("id", "reason").iter_rows())
+    assert said == dropped
