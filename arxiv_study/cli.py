@@ -146,18 +146,24 @@ def corpus(call:Call, out:Out, workers:Annotated[Optional[int], typer.Option(min
     build_corpus(arxiv_folder(call), out, CorpusConfig(), workers=workers, engine=call.settings.engine)
     show_rows(yield_table(open_ledger(out)).to_dicts(), f"{out}: what became of the papers", call.json)
 
-# %% ../nbs/90_cli.ipynb #43fe0d3b
+# %% ../nbs/90_cli.ipynb #7874ad2c
 @command(name="yield")
 def yield_(call:Call, folder:Annotated[Path, typer.Argument(help="A corpus folder.")],
-           html:Annotated[Optional[Path], typer.Option(help="Write the Sankey diagram here.")]=None):
+           html:Annotated[Optional[Path], typer.Option(help="Write the diagram here.")]=None,
+           what_if:Annotated[bool, typer.Option("--what-if", help="What each rule costs; reads the records of --arxiv again.")]=False,
+           tokens:Annotated[Optional[Path], typer.Option(help="A tokens folder: what rules cost in tokens, not in bytes.")]=None):
     "The ledger as a table; with --html as a diagram."
     from arxiv_study.corpus.pipeline import open_ledger
-    from arxiv_study.corpus.yields import yield_sankey, yield_table
-    ledger = open_ledger(folder)
+    from arxiv_study.corpus.yields import price_list, rejudged, what_if_figure, yield_sankey, yield_table
+    unit = "tokens" if tokens else "text_bytes"
+    ledger = rejudged(arxiv_folder(call), folder, tokens) if what_if else open_ledger(folder)
     if html:
         from arxiv_study.storage import whole_file
-        with whole_file(html, "w") as f: f.write(yield_sankey(ledger).to_html(include_plotlyjs=True, include_mathjax=False))
-    show_rows(yield_table(ledger).to_dicts(), f"{folder}: what became of the papers", call.json)
+        figure = what_if_figure(ledger, unit) if what_if else yield_sankey(ledger)
+        with whole_file(html, "w") as f: f.write(figure.to_html(include_plotlyjs=True, include_mathjax=False))
+    table, title = (price_list(ledger, unit), "what each rule costs") if what_if else (yield_table(ledger), "what became of the papers")
+    if what_if and not call.json: table = table.select("rule", "papers_alone", "papers_in_order", "papers_back", f"{unit}_alone", f"{unit}_back") # what a terminal has room for
+    show_rows(table.to_dicts(), f"{folder}: {title}", call.json)
 
 # %% ../nbs/90_cli.ipynb #09b56e65
 TextFolder = Annotated[Path, typer.Option(help="A corpus folder.")]
