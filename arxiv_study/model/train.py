@@ -81,14 +81,15 @@ def over_ranks(self: Training, *values: float) -> list[float]:
     with timed(self.seconds, "communication"): torch.distributed.all_reduce(sums)
     return sums.tolist()
 
-# %% ../../nbs/model/07_train.ipynb #4de5189c
+# %% ../../nbs/model/07_train.ipynb #5314ddb7
 @patch
 def summed_gradients(self: Training, batch, n_targets: float) -> float:
     "Forward and backward of a batch; the summed loss of this rank"
     c, total = self.batches.config, 0.0
     for i in range(c.accumulation):
         ids_BT, targets_BT = (torch.from_numpy(x[i]).to(self.engine.device) for x in (batch.tokens[..., :-1], batch.targets))
-        with timed(self.seconds, "forward"): loss = summed_loss(self.engine, ids_BT, targets_BT)
+        documents_BT = None if batch.documents is None else torch.from_numpy(batch.documents[i]).to(self.engine.device)
+        with timed(self.seconds, "forward"): loss = summed_loss(self.engine, ids_BT, targets_BT, documents_BT)
         with timed(self.seconds, "backward"): self.engine.backward(loss * (self.world_size * c.accumulation / n_targets))
         if i < c.accumulation - 1: self.engine.step()  # counts the micro-batch; the last one updates
         total += loss.item()
@@ -244,13 +245,13 @@ def times(self: Training) -> dict:
     parts = {f"{k}_s": round(self.seconds[k], 3) for k in ("startup", "forward", "backward", "optimizer", "communication", "wait", "checkpoint", "evaluate")}
     return dict(total_s=round(time.time() - psutil.Process().create_time(), 3), train_s=round(self.progress.trained_s, 3), **parts)
 
-# %% ../../nbs/model/07_train.ipynb #f219d603
+# %% ../../nbs/model/07_train.ipynb #9bf9966e
 @patch
 def result(self: Training, found: dict | None, outcome: str, reason: str | None, unigram: float, samples: list) -> dict:
     "result.json"
     p, c, tokens = self.progress, self.config, round(self.progress.step * self.step_tokens)
     positions = p.step * self.batches.rows_per_step * self.batches.config.context
-    rates = sorted({t[0] for t in p.throttled}, key=lambda r: (r is None, r or 0))
+    rates = sorted({t[0] for t in p.throttled}, key=lambda r: (r is None, isinstance(r, str), r or 0))
     return dict(
         id=c.id, scale=c.scale, seed=c.seed, outcome=outcome, reason=reason, n_params=n_parameters(c.model), n_params_hidden=n_hidden_parameters(c.model),
         tokens=p.n_targets, bytes=round(p.n_targets * self.batches.bytes_per_token), steps=p.step, steps_planned=self.total, tokens_per_step=self.step_tokens,

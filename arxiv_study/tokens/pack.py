@@ -36,7 +36,7 @@ def _start(tokenizer_dir:str): _worker["tokenizer"] = Tokenizer.load(Path(tokeni
 def _tokenize(texts:list)->list: # of int32 arrays
     "Ids of a batch of texts, each with the document end."
     tokenizer = _worker["tokenizer"]
-    return [np.append(ids, np.int32(tokenizer.end_id)) for ids in tokenizer.encode_many(texts, n_threads=1)]
+    return [np.append(ids, np.int32(tokenizer.end_id)) for ids in tokenizer.encode_many(texts)]
 
 def _batches(papers:pl.DataFrame, corpus_dir:Path, n_bytes:int=1<<20):
     "Texts of papers in order, in lists of about so many bytes."
