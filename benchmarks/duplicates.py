@@ -1,9 +1,10 @@
-"""Near duplicates against datasketch, and what all of arXiv would take: `python -m benchmarks.duplicates [ARXIV]`."""
-import re, subprocess, sys, tempfile, time
+"""Near duplicates against datasketch, what all of arXiv would take, and the search for benchmarks: `python -m benchmarks.duplicates [ARXIV]`."""
+import json, re, string, subprocess, sys, tempfile, time
 from pathlib import Path
 import numpy as np
 import rensa
 from arxiv_study.corpus.duplicates import BAND, BOTTOM, N_BANDS, N_PERM, find_duplicates, nominated, overlap, plain, run_hashes, signature, sketch_runs
+from arxiv_study.corpus.contamination import Contamination, ContaminationRules, find_hits
 from .interleaved import bars, medians, table
 
 def rensa_values(hashes): return np.array(rensa.RMinHash.digest_matrix_from_flat_token_hashes(hashes, np.array([0, len(hashes)], np.uint64), N_PERM, 42).to_rows()[0])
@@ -104,13 +105,40 @@ def growth(sizes=(10_000, 40_000, 100_000)):
           f"{np.polyval(fit['seconds'], 2.9e6):.0f} s of one core, {2.9e6*4*(N_BANDS + BOTTOM)/1e9:.1f} GB of rows on disk", flush=True)
     return fit["memory"][0]
 
+def write_benchmark(path, texts, n_mb=1):
+    "A benchmark of random words of the texts, and of forty words in a row from every sixth text."
+    draw, vocabulary = np.random.default_rng(4), np.array(" ".join(texts[::10]).split())
+    strangers = [" ".join(draw.choice(vocabulary, 60)) for _ in range(int(n_mb*2500))]
+    quoted = [" ".join(w[k:k + 40]) for w in map(str.split, texts[5::6]) for k in [int(draw.integers(max(1, len(w) - 40)))]]
+    path.write_text("".join(json.dumps(dict(question=t)) + "\n" for t in strangers + quoted))
+    return len(quoted)
+
+def set_of_runs(text, n=13, deleted=str.maketrans("", "", string.punctuation)):
+    "GPT-3's runs: words between white space, punctuation deleted."
+    words = text.lower().translate(deleted).split()
+    return {tuple(words[i:i + n]) for i in range(len(words) - n + 1)}
+
+def contamination(texts):
+    "The search for a benchmark of one megabyte, ours and by a set of tuples."
+    size = sum(len(t.encode()) for t in texts)/1e6
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)/"benchmark.jsonl"
+        write_benchmark(path, texts)
+        index, n_mb = Contamination.load(ContaminationRules((str(path),))), path.stat().st_size/1e6
+        theirs = set.union(*(set_of_runs(json.loads(line)["question"]) for line in path.read_text().splitlines()))
+    contestants = {"find_hits": lambda: [find_hits(t, index) for t in texts], "a set of tuples of words": lambda: [set_of_runs(t) & theirs for t in texts]}
+    seconds = medians(contestants, 2, time.process_time)
+    table(f"contamination: {len(texts)} texts, {size:.1f} MB, a benchmark of {n_mb:.1f} MB", "MB/s of text and CPU second", size, seconds, "a set of tuples of words")
+    return size/seconds["find_hits"]
+
 def compare(texts):
     "All tables, and what was asked for."
     rate = speed(texts)
     errors()
     found = recall()
     growth()
-    bars("duplicates", [("MB/s of text from text to hash and sketches", rate, 24), ("share found at an overlap of 0.8", found[0.8], 0.95), ("share not found at 0.5", 1 - found[0.5], 1)])
+    bars("duplicates and contamination", [("MB/s of text searched for a benchmark of 1 MB", contamination(texts), 20),
+                                          ("MB/s of text from text to hash and sketches", rate, 24), ("share found at an overlap of 0.8", found[0.8], 0.95), ("share not found at 0.5", 1 - found[0.5], 1)])
 
 def main(arxiv=None):
     from arxiv_study.corpus.archives import find_sources, read_source
@@ -120,6 +148,6 @@ def main(arxiv=None):
     with tempfile.TemporaryDirectory() as d:
         if arxiv is None: write_miniature(arxiv := Path(d)/"arxiv", 200)
         sources = [s for source in find_sources(arxiv) for s in (read_source(p) for _, p in source.sources()) if s.files]
-        compare([normalize(t)[0] for t in (extract(s.files).text for s in sources[:120]) if t])
+        compare([normalize(t)[0] for t in (extract(s.files).text for s in sources) if t])
 
 if __name__ == "__main__": main(*map(Path, sys.argv[1:2]))
