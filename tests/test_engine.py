@@ -3,6 +3,7 @@ import hashlib, io, json, os, random, shutil, signal, subprocess, sys, tarfile, 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import polars as pl
 import psutil
 import pytest
 
@@ -289,3 +290,20 @@ def test_ids_that_occur_again_are_counted(tmp_path):
     assert again == {a: 2, b: 1, c: 0}
     assert len(PAPER % "first") == rows[a]["raw_bytes"] # the first of the first tar counts
     assert read_json(corpora[0]/"manifest.json")["counts"]["seen_again"] == 3
+
+
+# Benchmarks
+
+def test_quoted_benchmarks_are_dropped_and_listed(miniature, reference, tmp_path):
+    victim, text = open_text(reference).select("id", "text").collect().row(7)
+    quoted = " ".join(text[200:].split()[:80])
+    (tmp_path/"questions.txt").write_text(f"Which of these is true of no paper that was ever written by anyone at all?\n{quoted}\n")
+    config = CorpusConfig(benchmarks=(str(tmp_path/"questions.txt"),))
+    corpora = [build_corpus(miniature, tmp_path/f"corpus{n}", config, workers=n) for n in (1, 2)]
+    assert digests(corpora[0]) == digests(corpora[1])
+    rows = rows_of(corpora[0])
+    assert rows[victim]["reason"] == "benchmark_overlap" and check_conservation(open_ledger(corpora[0])) == []
+    hits = pl.read_parquet(corpora[0]/"hits"/"part-000.parquet")
+    assert victim in set(hits["id"]) and set(hits["benchmark"]) == {"questions.txt"}
+    report = build_corpus(miniature, tmp_path/"corpus3", CorpusConfig(benchmarks=config.benchmarks, benchmark_policy="report"), workers=1)
+    assert digests(report).items() >= digests(reference).items() and read_json(report/"manifest.json")["counts"]["hits"] == len(hits)
