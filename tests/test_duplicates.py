@@ -349,8 +349,9 @@ def test_rules_decide(tmp_path):
     index = pickle.loads(pickle.dumps(Contamination.load(rules)))
     hits = find_hits(f"x {item} y", index)
     assert [h.n_grams for h in hits] == [8] and hits[0].passage == item
-    assert [contaminated(hits, ContaminationRules(min_hits=k)) for k in (1, 8, 9)] == [True, True, False]
-    assert not contaminated(hits, ContaminationRules(policy="report"))
+    table = hits_to_frame([("x", h) for h in hits])
+    assert [contaminated(table, ContaminationRules(min_hits=k)) for k in (1, 8, 9)] == [["x"], ["x"], []]
+    assert contaminated(table, ContaminationRules(policy="report")) == []
     assert find_hits(item, Contamination.load(ContaminationRules())) == []
 
 def test_frames_of_questions_are_no_hits(tmp_path):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WORDS', 'READERS', 'HITS_SCHEMA', 'spelled', 'words_of', 'lines_of', 'strings_of', 'read_benchmark',
            'ContaminationRules', 'check_contamination', 'benchmark_inputs', 'Grams', 'grams_of', 'item_runs',
-           'without_frames', 'Contamination', 'Hit', 'matches', 'joined_up', 'find_hits', 'contaminated',
-           'hits_to_frame']
+           'without_frames', 'Contamination', 'matches', 'Hit', 'joined_up', 'find_hits', 'hits_to_frame',
+           'contaminated']
 
 # %% ../../nbs/corpus/11_contamination.ipynb #94e1271d
 import csv, io, unicodedata
@@ -43,7 +43,7 @@ def lines_of(text:str)->np.ndarray: # from 1
     starts = np.flatnonzero(inside & ~np.insert(inside, 0, False)[:-1])
     return np.searchsorted(np.flatnonzero(np.frombuffer(raw, np.uint8) == ord("\n")), starts) + 1
 
-# %% ../../nbs/corpus/11_contamination.ipynb #7c0c7673
+# %% ../../nbs/corpus/11_contamination.ipynb #c05dbf2a
 def strings_of(value, field:str="")->Iterator[tuple[str,str]]: # where, text
     "All strings in a record."
     if isinstance(value, str): yield field, value
@@ -52,6 +52,7 @@ def strings_of(value, field:str="")->Iterator[tuple[str,str]]: # where, text
     elif isinstance(value, (list, tuple)):
         for k, v in enumerate(value): yield from strings_of(v, f"{field}[{k}]")
 
+# %% ../../nbs/corpus/11_contamination.ipynb #1d64d5f1
 def _json_lines(path:Path)->Iterator:
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         try: yield number, msgspec.json.decode(line) if line.strip() else None
@@ -68,6 +69,7 @@ def _cells(path:Path)->Iterator:
     for number, row in enumerate(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")), 1):
         yield number, {f"column {k}": cell for k, cell in enumerate(row, 1)}
 
+# %% ../../nbs/corpus/11_contamination.ipynb #b9778b27
 READERS = {".txt": _paragraphs, ".jsonl": _json_lines, ".csv": _cells, ".parquet": lambda path: enumerate(pl.read_parquet(path).iter_rows(named=True), 1)}
 
 def read_benchmark(path:Path)->list[tuple[int,str,str]]: # number of line, row or record from 1; field; text
@@ -186,7 +188,17 @@ def _load(rules:ContaminationRules, versions:tuple)->Contamination:
     counts = dict(benchmarks=len(rules.benchmarks), records=len(numbers), items=len(kept), too_short=len(found) - len(kept), runs=sum(len(g.hashes) for g in grams), frames=sum(n for _, n in runs))
     return Contamination(rules, [f[:3] for f in kept], b" ".join(items), grams, counts)
 
-# %% ../../nbs/corpus/11_contamination.ipynb #93c7387e
+# %% ../../nbs/corpus/11_contamination.ipynb #b7f5ac15
+def matches(words:bytes, starts:np.ndarray, grams:Grams, text:bytes, block:int=1<<16)->Iterator[tuple[int,int,int]]: # place, item, words in it
+    "Runs of a paper that stand in a benchmark, word for word, in the order of their place."
+    hashes = run_hashes(words, grams.n)
+    for b in range(0, len(hashes), block):
+        for at, k in zip(*map(np.ndarray.tolist, grams.lookup(hashes[b:b + block]))):
+            quoted, begin = text[grams.begins[k]:grams.ends[k]], starts[b + at]
+            if words[begin:begin + len(quoted)] == quoted and words[begin + len(quoted):begin + len(quoted) + 1] in (b" ", b""):
+                yield b + at, int(grams.items[k]), quoted.count(b" ") + 1
+
+# %% ../../nbs/corpus/11_contamination.ipynb #4e6aa7b3
 @dataclass(frozen=True)
 class Hit:
     "A passage of a benchmark in a paper."
@@ -196,15 +208,6 @@ class Hit:
     line: int # of the text of the paper, from 1
     n_grams: int # runs that follow each other here
     passage: str # its words, the first 40
-
-def matches(words:bytes, starts:np.ndarray, grams:Grams, text:bytes, block:int=1<<16)->Iterator[tuple[int,int,int]]: # place, item, words in it
-    "Runs of a paper that stand in a benchmark, word for word, in the order of their place."
-    hashes = run_hashes(words, grams.n)
-    for b in range(0, len(hashes), block):
-        for at, k in zip(*map(np.ndarray.tolist, grams.lookup(hashes[b:b + block]))):
-            quoted, begin = text[grams.begins[k]:grams.ends[k]], starts[b + at]
-            if words[begin:begin + len(quoted)] == quoted and words[begin + len(quoted):begin + len(quoted) + 1] in (b" ", b""):
-                yield b + at, int(grams.items[k]), quoted.count(b" ") + 1
 
 def joined_up(found)->list[list[int]]: # first place, item, runs, words
     "Matches that follow each other in one item as one."
@@ -226,13 +229,14 @@ def find_hits(text:str, # the normalised text of a paper
     shown = lambda at, n: words[starts[at]:ends[at + min(n, 40) - 1]].decode()
     return [Hit(*index.sources[item], int(lines[at]), n, shown(at, n_words)) for at, item, n, n_words in passages]
 
-# %% ../../nbs/corpus/11_contamination.ipynb #3de8a859
-def contaminated(hits:list, rules:ContaminationRules)->bool:
-    "Whether a paper is dropped for its hits."
-    return rules.policy == "drop" and sum(h.n_grams for h in hits) >= rules.min_hits
-
+# %% ../../nbs/corpus/11_contamination.ipynb #aad45bcd
 HITS_SCHEMA = pl.Schema({"id": pl.String, "benchmark": pl.String, "record": pl.Int64, "field": pl.String, "line": pl.Int64, "n_grams": pl.Int64, "passage": pl.String})
 
 def hits_to_frame(hits:list)->pl.DataFrame: # one row for each hit
     "A table of hits, from pairs of paper id and hit."
     return pl.DataFrame([dict(id=id, **{k: getattr(h, k) for k in HITS_SCHEMA if k != "id"}) for id, h in hits], schema=HITS_SCHEMA)
+
+def contaminated(hits:pl.DataFrame, rules:ContaminationRules)->list[str]: # ids, ascending
+    "The papers that are dropped for their hits."
+    if rules.policy == "report": return []
+    return hits.group_by("id").agg(pl.col("n_grams").sum()).filter(pl.col("n_grams") >= rules.min_hits)["id"].sort().to_list()

@@ -38,24 +38,26 @@ def text_hash(text:str, # the normalised text of a paper
     "The hash by which exact copies are found."
     return hashlib.blake2b(plain(text), digest_size=16).hexdigest()
 
-# %% ../../nbs/corpus/10_duplicates.ipynb #6d7b75ad
-RUN = 5
-PIECE, LONGEST = 1<<16, 1<<12 # bytes
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15) # 2**64 over the golden ratio, made odd: spreads bits (Knuth, TAOCP 3, 6.4)
-POWERS = np.cumprod(np.full(PIECE + LONGEST, MULTIPLIER))
-INVERSES = np.cumprod(np.full(PIECE, np.uint64(pow(int(MULTIPLIER), -1, 1<<64))))
-
+# %% ../../nbs/corpus/10_duplicates.ipynb #c972cbbb
 def word_spans(words:bytes)->tuple[np.ndarray,np.ndarray]: # where words start and end
     "The places of the words in a text with single spaces."
     if not words: return np.zeros(0, np.int64), np.zeros(0, np.int64)
     spaces = np.flatnonzero(np.frombuffer(words, np.uint8) == ord(" "))
     return np.concatenate([[0], spaces + 1]), np.append(spaces, len(words))
 
+# %% ../../nbs/corpus/10_duplicates.ipynb #311dbfa5
+RUN = 5
+PIECE, LONGEST = 1<<16, 1<<12 # bytes
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15) # 2**64 over the golden ratio, made odd: spreads bits (Knuth, TAOCP 3, 6.4)
+POWERS = np.cumprod(np.full(PIECE + LONGEST, MULTIPLIER))
+INVERSES = np.cumprod(np.full(PIECE, np.uint64(pow(int(MULTIPLIER), -1, 1<<64))))
+
 def mixed(hashes:np.ndarray)->np.ndarray:
     "Hashes whose low bits depend on the high ones and the other way round (as in MurmurHash's last step)."
     hashes = (hashes ^ hashes>>np.uint64(32))*MULTIPLIER
     return hashes ^ hashes>>np.uint64(29)
 
+# %% ../../nbs/corpus/10_duplicates.ipynb #feca832d
 def run_hashes(words:bytes, # a text with single spaces between words
                n:int=RUN, # words in a run; of a shorter text there is one run
               )->np.ndarray: # uint64, one for each run, in order
@@ -71,7 +73,7 @@ def run_hashes(words:bytes, # a text with single spaces between words
         hashes[i:j] = (sums[last[i:j] - piece] - sums[first[i:j] - piece])*INVERSES[first[i:j] - piece]
     return mixed(hashes)
 
-# %% ../../nbs/corpus/10_duplicates.ipynb #f3b57800
+# %% ../../nbs/corpus/10_duplicates.ipynb #1651fc74
 N_PERM, BAND = 128, 6
 N_BANDS = N_PERM//BAND
 BOTTOM = 1024
@@ -85,6 +87,7 @@ def bands_of(hashes:np.ndarray)->np.ndarray: # uint32, N_BANDS long
     for column in values.T: bands = mixed(bands ^ column)
     return (bands>>np.uint64(32)).astype(np.uint32)
 
+# %% ../../nbs/corpus/10_duplicates.ipynb #51dd0392
 def smallest(hashes:np.ndarray)->np.ndarray: # uint32, BOTTOM long, ascending
     "The smallest different hashes of a text, by their upper 32 bits."
     high = (hashes>>np.uint64(32)).astype(np.uint32)
@@ -94,6 +97,7 @@ def smallest(hashes:np.ndarray)->np.ndarray: # uint32, BOTTOM long, ascending
     found = np.unique(high)[:BOTTOM]
     return np.concatenate([found, np.full(BOTTOM - len(found), EMPTY)])
 
+# %% ../../nbs/corpus/10_duplicates.ipynb #f5fae32f
 def sketch_runs(hashes:np.ndarray)->np.ndarray: # uint32, N_BANDS + BOTTOM long
     "The row of a text with these runs."
     return np.concatenate([bands_of(hashes), smallest(hashes)])
