@@ -146,9 +146,9 @@ _text_reasons = {
     Reason.exact_duplicate: ReasonInfo(Stage.duplicates, "Another paper has the same text.",
         "equal hash of the text, white space and capitals aside; one paper stays", "a paper submitted twice"),
     Reason.near_duplicate: ReasonInfo(Stage.duplicates, "Another paper has nearly the same text.",
-        "MinHash of runs of five words, overlap at or above the threshold; the longer paper stays", "conference and journal version"),
+        "MinHash bands of runs of five words nominate pairs, the 1024 smallest hashes of both decide; the longer paper stays", "conference and journal version"),
     Reason.benchmark_overlap: ReasonInfo(Stage.decontaminate, "The text contains a passage of a benchmark.",
-        "word n-grams shared with the benchmark files given; off without them", "a problem of a test set, quoted"),
+        "a run of thirteen words that stands in one of the benchmark files given, word for word; off without them", "a problem of a test set, quoted"),
 }
 
 # %% ../../nbs/corpus/00_ledger.ipynb #5aaf8d0e
