@@ -66,9 +66,11 @@
   const number = v => typeof v === "number" ? (Number.isInteger(v) ? String(v) : v.toPrecision(5)) : Array.isArray(v) || ArrayBuffer.isView(v) ? [...v].map(number).join(" ") : String(v ?? "");
   const axisName = (layout, key, fallback) => (layout[key]?.title?.text || fallback).replace(/<[^>]+>/g, " ");
   const tabulate = (details, canvas) => {
-    const full = canvas._fullData.map((t, i) => ({ ...canvas.data[i], ...{ name: t.name, x: t.x, y: t.y, z: t.z, type: t.type } }));
+    const full = canvas._fullData.map((t, i) => ({ ...canvas.data[i], ...{ name: t.name, x: t.x, y: t.y, z: t.z, type: t.type, visible: t.visible } }))
+      .filter(t => t.visible !== false);  // of a figure with a menu, what it shows
     const table = document.createElement("table");
     table.className = "table";
+    details.querySelector("table")?.remove();
     for (const trace of full) {
       const cols = columns(trace);
       if (!cols.length) continue;
@@ -96,7 +98,7 @@
   for (const figure of figures) {
     const json = figure.querySelector(".plot-json"), details = figure.querySelector(".plot-table");
     figure.fig = JSON.parse(json.textContent);
-    details.addEventListener("toggle", () => { if (details.open && !details.querySelector("table")) tabulate(details, figure.querySelector(".plot-canvas")); });
+    details.addEventListener("toggle", () => { if (details.open) tabulate(details, figure.querySelector(".plot-canvas")); });
   }
   if (figures.length) {
     const script = document.createElement("script");
