@@ -300,7 +300,7 @@ def test_mutated_bulk_tars(tmp_path):
     path, n_read = tmp_path/"arXiv_src_2101_001.tar", 0
     ids = bulk_tar(path, HEALTHY)
     whole = path.read_bytes()
-    for n in range(100):
+    for n in range(30):
         rng = random.Random(n)
         path.write_bytes(mutated(rng, whole, whole))
         report = []
@@ -310,7 +310,7 @@ def test_mutated_bulk_tars(tmp_path):
         n_read += len(set(rows) & set(ids))
         try: assert [i for i, _ in read_bulk_tar(path)] == [i for i, _ in papers] and not report
         except StudyError as e: assert path.name in str(e) and "\n" not in str(e) and report
-    assert n_read > 50*len(ids)
+    assert n_read > 15*len(ids)
 
 def test_an_id_that_occurs_twice_comes_twice(tmp_path):
     path = tmp_path/"arXiv_src_2101_001.tar"
@@ -395,16 +395,16 @@ def tex(n_bytes, word=b"We show that every compact space is normal. "):
     return b"\\documentclass{article}\n\\begin{document}\n" + lines + b"\n\\end{document}\n"
 
 BOMBS = {
-    "10 GB of zeros": lambda: blank(64 << 20, 160), "1 GB of zeros, 10,000 gzips": lambda: packed(bytes(100_000))*10_000, "bzip2 of 4 GB": lambda: bz2.compress(bytes(256 << 20))*16, "xz of 1 GB": lambda: lzma.compress(bytes(256 << 20), preset=1)*4,
+    "10 GB of zeros": lambda: blank(64 << 20, 160), "1 GB of zeros, 10,000 gzips": lambda: packed(bytes(100_000))*10_000, "bzip2 of 4 GB": lambda: bz2.compress(bytes(64 << 20))*64, "xz of 1 GB": lambda: lzma.compress(bytes(64 << 20), preset=1)*16,
     "tar of 100,000 members": lambda: packed(b"".join(header(f"{i}.tex", 0) for i in range(100_000))), "tar with a member of 1 GB": lambda: packed(header("a.eps", 1 << 30)) + blank(64 << 20, 16),
-    "a TeX file of 1 GB": lambda: packed(header("main.tex", 1 << 30)) + blank(64 << 20, 16), "forty TeX files of 30 MB": lambda: gzip.compress(b"".join(header(f"{i}.tex", 30 << 20) + (t := tex(30 << 20)).ljust(30 << 20) for i in range(2)), 1),
-    "zip of zeros": lambda: zip_of({f"{i}.tex": bytes(64 << 20) for i in range(10)}), "zip of 300,000 names": lambda: zip_of({f"{i}.eps": b"" for i in range(300_000)}), "zip from a pipe": lambda: zip_of({f"{i}.eps": bytes(256 << 20) for i in range(8)}, seekable=False),
-    "zips in a zip": lambda: zip_of({f"{i}.zip": zip_of({f"{j}.tex": bytes(32 << 20) for j in range(2)}) for i in range(16)}), "gzip in gzip in gzip": lambda: packed(packed(packed(bytes(256 << 20)))), "gzip in gzip": lambda: packed(blank(64 << 20, 160)),
+    "a TeX file of 1 GB": lambda: packed(header("main.tex", 1 << 30)) + blank(64 << 20, 16), "TeX files of 30 MB": lambda: gzip.compress(b"".join(header(f"{i}.tex", 30 << 20) + tex(30 << 20).ljust(30 << 20) for i in range(3)), 1),
+    "zip of TeX files of 64 MB": lambda: zip_of({f"{i}.tex": b"a "*(32 << 20) for i in range(4)}), "zip of 300,000 names": lambda: zip_of({f"{i}.eps": b"" for i in range(300_000)}), "zip from a pipe": lambda: zip_of({f"{i}.eps": bytes(256 << 20) for i in range(5)}, seekable=False),
+    "zips in a zip": lambda: zip_of({f"{i}.zip": zip_of({"a.tex": b"a "*(4 << 20)}) for i in range(16)}), "gzip in gzip in gzip": lambda: packed(packed(packed(bytes(256 << 20)))), "gzip in gzip": lambda: packed(blank(64 << 20, 160)),
     "extended headers of 1 MB": lambda: packed(b"".join(header("a", 1 << 20, b"x") + b"1048576 path=".ljust(1 << 20, b"d") + header("a", 0) for _ in range(300))), "an extended header of 1 GB": lambda: packed(header("a", 1 << 30, b"x")) + blank(64 << 20, 16),
     "names of 1,000 characters": lambda: packed(b"".join(header("é"*500 + f"{i}.eps", 0) for i in range(19_000))), "sparse file of 8 GB": lambda: packed(header("main.tex", (8 << 30) - 1, b"S")),
     "16 MB of TeX": lambda: packed(tex(15 << 20)), "16 MB of TeX with an emoji": lambda: packed(tex(15 << 20) + "\\section{\U0001f600}".encode()), "16 MB of UTF-16": lambda: packed(tex(7 << 20).decode().encode("utf-16")),
     "16 MB of strays": lambda: packed(b"\\documentclass{article}\\begin{document}" + bytes(random.Random(0).choices(range(128, 256), k=15 << 20))), "16 MB of strays among UTF-8": lambda: packed(b"\\documentclass{article}\\begin{document}" + "é\U0001f600".encode()*(2 << 20) + b"\xe9"*(2 << 20)),
-    "one line of braces": lambda: packed(b"\\documentclass{article}\\begin{document}" + b"{"*(15 << 20)), "20,000 TeX files": lambda: packed(tar_of({f"{i}.tex": tex(700) for i in range(19_000)}))}
+    "one line of braces": lambda: packed(b"\\documentclass{article}\\begin{document}" + b"{"*(15 << 20)), "20,000 TeX files": lambda: packed(b"".join(header(f"{i}.tex", 512) + tex(400).ljust(512) for i in range(19_000)))}
 LONG = {"a payload of 1 GB, TeX": (1 << 30, PAPER), "a payload of 5 GB, PDF": (5 << 30, b"%PDF-1.4\n"), "a payload of 5 GB, tar": (5 << 30, header("a.eps", (5 << 30) - 4096)), "a payload of 2 GB, zip": (2 << 30, zip_of({"main.tex": PAPER}))}
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is read from /proc, which Linux has")

@@ -23,7 +23,7 @@ from .ledger import Reason
 from ..settings import StudyError
 from ..storage import file_digest
 
-# %% ../../nbs/corpus/03_archives.ipynb #c76bf7cd
+# %% ../../nbs/corpus/03_archives.ipynb #e4aa2fc3
 @dataclass(frozen=True)
 class ArchiveRules:
     "What the archive stage does, and where the reading of one e-print stops."
@@ -32,7 +32,7 @@ class ArchiveRules:
     max_bytes: int = 1<<30 # unpacked, figures included
     max_ratio: int = 200 # unpacked to packed, looked at beyond `ratio_free_bytes`
     ratio_free_bytes: int = 64<<20
-    max_tex_bytes: int = 16<<20 # all TeX of a paper; a worker's memory grows with it. The longest book of the sample has 4.3 MB
+    max_tex_bytes: int = 16<<20 # all TeX of a paper; a worker's memory grows with it. the longest book of the sample has 2.3 MB
     max_held_bytes: int = 32<<20 # of a payload, or of the archives inside of one, in memory; longer payloads are read from their file
     max_members: int = 20_000
     max_path: int = 1_024 # characters
@@ -133,7 +133,7 @@ def _next_packed(self:_Stream):
     self.back, self.unpack = rest, _packers[self.packer][1]() if _packer_of(rest) == self.packer else None
     while self.unpack is None and (piece := self._packed()): self.garbage += len(piece) - piece.count(0)
 
-# %% ../../nbs/corpus/03_archives.ipynb #cb0036d2
+# %% ../../nbs/corpus/03_archives.ipynb #c00cac9e
 @patch
 def count(self:_Stream, n:int):
     "Count unpacked bytes against the limits."
@@ -146,7 +146,7 @@ def _more(self:_Stream)->bool:
     "Have something ready to read, unless the stream is at its end."
     if self.at < len(self.ready): return True
     self.ready, self.at = self._unpacked() if self.packer else self._packed(), 0
-    if self.packer: self.count(len(self.ready))
+    self.count(len(self.ready))
     return bool(self.ready)
 
 @patch
@@ -159,7 +159,7 @@ def read(self:_Stream, n:int, keep=True): # False: read past them
         if keep: pieces.append(piece)
     return (pieces[0] if len(pieces) == 1 else b"".join(pieces)) if keep else n-left
 
-# %% ../../nbs/corpus/03_archives.ipynb #15d8c20c
+# %% ../../nbs/corpus/03_archives.ipynb #fb810f99
 @patch
 def unread(self:_Stream, data:bytes):
     "Put bytes back, to be read next."
@@ -171,6 +171,17 @@ def peek(self:_Stream, n:int)->bytes:
     head = self.read(n)
     self.unread(head)
     return head
+
+
+@patch
+def past_nuls(self:_Stream)->bytes:
+    "The next 4,096 bytes, which stay to be read, once NULs are gone past and counted."
+    while self._more():
+        rest = self.ready[self.at:]
+        self.at += (n := len(rest) if rest == bytes(len(rest)) else len(rest) - len(rest.lstrip(b"\0"))) # comparing is quicker than stripping
+        self.padding += n
+        if n < len(rest): break
+    return self.peek(4096)
 
 # %% ../../nbs/corpus/03_archives.ipynb #6fbb4141
 def _number(field:bytes)->int|None:
@@ -208,14 +219,15 @@ def is_binary(head:bytes # the first few thousand bytes of a file
     text = head.strip(b"\0") or head
     return 20*(len(text) - len(text.translate(None, _control_bytes))) > len(text)
 
-# %% ../../nbs/corpus/03_archives.ipynb #c105de25
+# %% ../../nbs/corpus/03_archives.ipynb #c28b5b49
 def _signed(head:bytes)->str|None:
     "What a file is by its signature, if it has one."
     return next((kind for kind, signature in _signatures if signature.match(head)), None)
 
 def _kind(stream:_Stream)->str:
     "What the next bytes of a stream are: a container as `container_of` names it."
-    while (head := stream.peek(4096)) and not head.strip(b"\0"): stream.padding += stream.read(len(head), keep=False)
+    head = stream.peek(4096)
+    if not head.strip(b"\0"): head = stream.past_nuls()
     if not head: return "damaged" if stream.broken else "empty"
     if _is_tar_header(head[:512]): return f"tar-{stream.packer}" if stream.packer else "tar"
     return _signed(head) or ("unknown" if is_binary(head) else f"{stream.packer}-tex" if stream.packer else "tex")
@@ -482,7 +494,7 @@ def accepts(self:_Find, name:str, kind:bytes=b"0")->str|None:
     if rule: self.repairs[rule] += 1
     return None if rule else self.folder + name
 
-# %% ../../nbs/corpus/03_archives.ipynb #14851566
+# %% ../../nbs/corpus/03_archives.ipynb #58282818
 @patch
 def take(self:_Find, name:str, read, # read(n) gives the next n bytes of the member, fewer at its end
          size:int|None=None # bytes announced, None where that is not known
@@ -502,7 +514,7 @@ def _keep(self:_Find, name, head, read, size):
     "Keep the bytes of a TeX file, up to where it breaks off."
     room = self.rules.max_tex_bytes - self.kept_bytes
     if (size or 0) > room: raise _TooLarge
-    data = head + read(room + 1 - len(head))
+    data = head + read(max(0, room + 1 - len(head)))
     if len(data) > room: raise _TooLarge
     if name in self.tex: self.repairs["repeated_member"] += 1
     self.tex[name] = data
@@ -513,7 +525,7 @@ def _keep(self:_Find, name, head, read, size):
 def _set_aside(self:_Find, name, head, read, size):
     "Hold an archive until all is read: it is opened if the paper is nowhere else."
     room = self.rules.max_held_bytes - self.held_bytes
-    data = b"" if self.inside or (size or 0) > room else head + read(room + 1 - len(head))
+    data = b"" if self.inside or (size or 0) > room else head + read(max(0, room + 1 - len(head)))
     if self.inside: self.repairs["deeper_archive"] += 1
     elif not data or len(data) > room: self.too_long = True
     else: self.archives[name], self.held_bytes = data, self.held_bytes + len(data)
