@@ -54,7 +54,7 @@ def test_letters_agree_with_pylatexenc(name, to_text):
         assert edited(word, tex_accents(word))[0] == to_text(word), word
 
 def test_ligatures_agree_with_pylatexenc(to_text):
-    for text in ["a---b", "a -- b", "1--2", "``so''", "?`que", "!`ya", "``'' --- --", *TEX_LIGATURES]: assert edited(text, tex_ligatures(text))[0] == to_text(text)
+    for text in ["a---b", "a -- b", "``why?`` he", "so!``yes''", "a'''", "1--2", "``so''", "?`que", "!`ya", "``'' --- --", *TEX_LIGATURES]: assert edited(text, tex_ligatures(text))[0] == to_text(text)
 
 UNTOUCHED = [r"\url{http://x.org/a--b\~user}", r"\href{http://a--b}{x}", r"\label{eq:a--b}", r"\cite[a]{b--c}", r"\begin{tikzpicture}\draw (0,0) -- (1,1);\end{tikzpicture}", r"\begin{tabbing}a\=a\>\'a\end{tabbing}",
              r"\ae{ab} 1", r"see \i in 1", r"5 \AA\ wide", r"\d t + \d x", r"\\'a line'", r"\dagger \vec \bar \linebreak \overline \thanks \object \later", r"\H", r"\'", r"\'{}", r"\v{}", r"\-\-", r"------", r"\includegraphics{a--b}"]

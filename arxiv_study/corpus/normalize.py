@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LIGATURES', 'INVISIBLE', 'WIDE_SPACES', 'CONTROL', 'PLAIN', 'UNICODE_RULES', 'WHITESPACE_RULES', 'NAMES', 'PICTURES',
-           'MARKS', 'LETTERS', 'ACCENT', 'TEX_LIGATURES', 'LIGATURE', 'HOST', 'PERSON', 'COUNTRY', 'PHONE',
-           'NormalizeRules', 'ligatures', 'odd_characters', 'tidy', 'edited', 'code_spans', 'outside', 'accented',
-           'in_word', 'own_braces', 'tex_accents', 'tex_ligatures', 'emails', 'is_number', 'phones', 'choices',
-           'without_control', 'normalize']
+           'MARKS', 'LETTERS', 'ACCENT', 'TEX_LIGATURES', 'LIGATURE', 'HOST', 'PERSON', 'COUNTRY', 'INTERNATIONAL',
+           'AMERICAN', 'TOLD', 'NormalizeRules', 'ligatures', 'odd_characters', 'tidy', 'edited', 'code_spans',
+           'outside', 'accented', 'in_word', 'own_braces', 'tex_accents', 'tex_ligatures', 'emails', 'is_international',
+           'phones', 'choices', 'without_control', 'normalize']
 
 # %% ../../nbs/corpus/08_normalize.ipynb #d6d3dc35
 import re
@@ -85,7 +85,7 @@ def edited(
         taken, given, pos = taken + n_bytes(text[start:end]), given + n_bytes(new), end
     return "".join(pieces) + text[pos:], taken, given
 
-# %% ../../nbs/corpus/08_normalize.ipynb #84d9c897
+# %% ../../nbs/corpus/08_normalize.ipynb #ee1baa88
 NAMES = re.compile(r"\\(?:url|path|nolinkurl|href|label|(?:eq|page|auto|[cC])?ref|cite[a-zA-Z]*|includegraphics|input|include|bibliography)\*?\s*(?:\[[^\[\]]{0,200}\])?\s*\{[^{}]{0,1000}\}")
 PICTURES = re.compile(r"\\begin\{(tikzpicture|tikzcd|pgfpicture|picture|pspicture|pspicture\*|tabbing|xy|forest|algorithmic)\}")
 
@@ -103,12 +103,12 @@ def code_spans(
 def outside(
     edits:list, # (start, end, new), in order
     spans:list, # (start, end), in order
-)->list: # the edits that begin in no span
-    "Leave out the edits within `spans`"
+)->list: # the edits that begin in no span, nor in another edit
+    "Leave out the edits within `spans`, and of two that overlap the second"
     kept, i, reach = [], 0, 0
     for edit in edits:
         while i < len(spans) and spans[i][0] <= edit[0]: reach = max(reach, spans[i][1]); i += 1
-        if edit[0] >= reach: kept.append(edit)
+        if edit[0] >= reach: kept.append(edit); reach = edit[1]
     return kept
 
 # %% ../../nbs/corpus/08_normalize.ipynb #5c9066bd
@@ -160,15 +160,16 @@ def tex_accents(
         edits.append((a, b, new))
     return outside(edits, code_spans(text))
 
-# %% ../../nbs/corpus/08_normalize.ipynb #63ad7e06
+# %% ../../nbs/corpus/08_normalize.ipynb #02a75051
 TEX_LIGATURES = {"---": "\u2014", "--": "\u2013", "``": "\u201c", "''": "\u201d", "?`": "\u00bf", "!`": "\u00a1"}
-LIGATURE = re.compile(r"\\[^a-zA-Z]|---+|--|``|''|\?`|!`")
+LIGATURE = [re.compile(p) for p in ("--+", "``", "''", r"\?`", "!`")] # apart, each begins with what can be looked for fast
 
 def tex_ligatures(
     text:str, # prose
 )->list: # (start, end, new)
     "Dashes and quotation marks as TeX prints them, as edits; a rule of more than three hyphens stays"
-    return outside([(*m.span(), TEX_LIGATURES[m.group()]) for m in LIGATURE.finditer(text) if m.group() in TEX_LIGATURES], code_spans(text))
+    found = [(*m.span(), TEX_LIGATURES[m.group()]) for p in LIGATURE for m in p.finditer(text) if m.group() in TEX_LIGATURES and not escaped(text, m.start())]
+    return outside(sorted(found), code_spans(text))
 
 # %% ../../nbs/corpus/08_normalize.ipynb #81416582
 HOST = re.compile(r"[ \t]?((?:[A-Za-z0-9][A-Za-z0-9-]{0,62}\.){1,8}[A-Za-z]{2,24})(?![A-Za-z0-9_@])")
@@ -188,27 +189,28 @@ def emails(
         at = text.find("@", at + 1)
     return edits
 
-# %% ../../nbs/corpus/08_normalize.ipynb #1437af9e
-COUNTRY = re.compile(r"1|7|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]|2[1-689]\d|3[578]\d|42\d|5[09]\d|6[7-9]\d|8[05-8]\d|9[679]\d")
+# %% ../../nbs/corpus/08_normalize.ipynb #bc7589e3
+COUNTRY = re.compile(r"1|7|2[07]|21[12368]|2[2346]\d|25[0-8]|29[01789]|3[0-469]|35\d|37[0-8]|38[0-35-79]|4[013-9]|42[013]|5[1-8]|50\d|59\d|6[0-6]|67[02-9]|68[0-35-9]|69[0-2]"
+                     r"|8[1246]|800|808|85[02356]|87[08]|88[0-368]|9[0-58]|96[0-8]|97[0-79]|99[2-689]")
 _gap = r"(?:[ \t.\-/()~\x00]|\\[, ;:])"
-PHONE = re.compile(r"(?<![\w.+^_-])(?:(?P<plus>\+[1-9](?:%s{0,3}\d){7,14})|(?P<area>\(\d{3}\)[ ~.-]?\d{3}[ .-]\d{4})"
-                   r"|(?i:tel|telephone|phone|fax|mobile)\b\.?[:}]?[ \t&~]{0,9}(?P<told>[+(]?\d(?:%s{0,3}\d){6,14}))(?!%s?\d)(?!\w)" % (_gap, _gap, _gap))
+_ends = r"(?!%s?\d)(?!\w)" % _gap
+INTERNATIONAL = re.compile(r"\+[1-9](?:%s{0,3}\d){7,14}%s" % (_gap, _ends)) # each begins with a character or two that can be looked for fast
+AMERICAN = re.compile(r"\(\d{3}\)[ ~.-]?\d{3}[ .-]\d{4}%s" % _ends)
+TOLD = re.compile(r"[TtPpFfMm](?:el(?:ephone)?|EL|hone|HONE|ax|AX|obile)\b\.?[:}]?[ \t&~]{0,9}([+(]?\d(?:%s{0,3}\d){6,14})%s" % (_gap, _ends))
 
-def is_number(
-    plus:str, # what starts with a plus sign
-)->bool: # is it an international phone number?
-    "Whether there is such a country code, at most 15 digits, and three groups or more: a quantity has one point at most"
-    return bool(COUNTRY.match("".join(filter(str.isdigit, plus)))) and len(re.split(r"\D+", plus[1:])) >= 3
+def is_international(
+    number:str, # what starts with a plus sign
+)->bool: # is it a phone number?
+    "Whether there is such a country code, and three groups or more: a quantity has one point at most"
+    return bool(COUNTRY.match("".join(filter(str.isdigit, number)))) and len(re.split(r"\D+", number[1:])) >= 3
 
 def phones(
     text:str, # prose; a NUL stands for a formula
 )->list: # (start, end, new)
     "The phone numbers of a text, as edits"
-    edits = []
-    for m in PHONE.finditer(text):
-        kind = m.lastgroup
-        if kind != "plus" or is_number(m["plus"]): edits.append((*m.span(kind), "<phone>" + "\0" * m[kind].count("\0")))
-    return edits
+    spans = [m.span() for m in INTERNATIONAL.finditer(text) if is_international(m.group())] + [m.span() for m in AMERICAN.finditer(text)]
+    spans += [m.span(1) for m in TOLD.finditer(text) if not text[m.start() - 1:m.start()].isalpha()]
+    return outside([(a, b, "<phone>" + "\0" * text.count("\0", a, b)) for a, b in sorted(spans) if not re.match(r"[\w.+^_-]", text[a - 1:a])], [])
 
 # %% ../../nbs/corpus/08_normalize.ipynb #4db69281
 def choices(
