@@ -338,6 +338,7 @@ def test_figures_say_what_the_tables_say(miniature):
     last = kept["year"].max()
     assert f"costs {(kept['year'] < last).sum():,} of {len(kept):,}" in step.args[1]["title.text"] and step.label == str(last)
 
+@pytest.mark.slow
 @needs_shared
 def test_each_later_drop_is_explained_in_the_chapter():
     "The chapter's table of later drops of labelled sources is what the ledger says."
