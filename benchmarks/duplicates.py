@@ -132,13 +132,13 @@ def contamination(texts):
     return size/seconds["find_hits"]
 
 def compare(texts):
-    "All tables, and what was asked for."
+    "All tables; what was asked for."
     rate = speed(texts)
     errors()
     found = recall()
     growth()
-    bars("duplicates and contamination", [("MB/s of text searched for a benchmark of 1 MB", contamination(texts), 20),
-                                          ("MB/s of text from text to hash and sketches", rate, 24), ("share found at an overlap of 0.8", found[0.8], 0.95), ("share not found at 0.5", 1 - found[0.5], 1)])
+    return [("MB/s of text searched for a benchmark of 1 MB", contamination(texts), 20),
+            ("MB/s of text from text to hash and sketches", rate, 24), ("share found at an overlap of 0.8", found[0.8], 0.95), ("share not found at 0.5", 1 - found[0.5], 1)]
 
 def main(arxiv=None):
     from arxiv_study.corpus.archives import find_sources, read_source
@@ -148,6 +148,6 @@ def main(arxiv=None):
     with tempfile.TemporaryDirectory() as d:
         if arxiv is None: write_miniature(arxiv := Path(d)/"arxiv", 200)
         sources = [s for source in find_sources(arxiv) for s in (read_source(p) for _, p in source.sources()) if s.files]
-        compare([normalize(t)[0] for t in (extract(s.files).text for s in sources) if t])
+        bars("duplicates and contamination", compare([normalize(t)[0] for t in (extract(s.files).text for s in sources) if t]))
 
 if __name__ == "__main__": main(*map(Path, sys.argv[1:2]))
