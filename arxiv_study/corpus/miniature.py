@@ -7,8 +7,8 @@ __all__ = ['TROUBLES', 'ODDITIES', 'zipf_weights', 'Writer', 'plural', 'Habits',
            'write_draft', 'Layout', 'make_record', 'Submission', 'squeeze', 'pack_files', 'small_pdf', 'bomb',
            'Miniature', 'manifest_xml', 'write_miniature']
 
-# %% ../../nbs/corpus/01_miniature.ipynb #19f1c1a3
-import hashlib, io, json, random, re, tarfile, zlib
+# %% ../../nbs/corpus/01_miniature.ipynb #be73d7dc
+import hashlib, io, json, random, re, tarfile, zipfile, zlib
 from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from fastcore.basics import patch
 
 from .ledger import REASONS, Reason, domain_of
 from ..settings import StudyError
-from ..storage import whole_folder
+from ..storage import file_digest, whole_folder
 
 # %% ../../nbs/corpus/01_miniature.ipynb #52528af3
 def _terms(text: str) -> tuple[str, ...]:
@@ -958,7 +958,16 @@ def _trouble(reason: Reason|None = None):
         return f
     return register
 
-# %% ../../nbs/corpus/01_miniature.ipynb #71e96b27
+# %% ../../nbs/corpus/01_miniature.ipynb #3b3006e3
+def _single_file(s: Submission, text: str) -> Submission:
+    "A submission that is one gzipped TeX file."
+    return replace(s, files={"main.tex": text.encode()}, main="main.tex", container="gz-tex")
+
+def _served_as(s: Submission, container: str, payload: bytes) -> Submission:
+    "A submission whose member in the tar is `payload`, without a document that could be found."
+    return replace(s, container=container, main=None, payload=payload)
+
+# %% ../../nbs/corpus/01_miniature.ipynb #7a35ca15
 @_trouble(Reason.no_source)
 def _metadata_only(s, rng, miniature):
     "known from its metadata only"
@@ -967,7 +976,7 @@ def _metadata_only(s, rng, miniature):
 @_trouble(Reason.pdf_only)
 def _pdf(s, rng, miniature):
     "no TeX source: PDF"
-    return replace(s, container="pdf", main=None, payload=small_pdf(s.record["title"]))
+    return _served_as(s, "pdf", small_pdf(s.record["title"]))
 
 @_trouble(Reason.near_duplicate)
 def _near_duplicate(s, rng, miniature):
@@ -975,7 +984,7 @@ def _near_duplicate(s, rng, miniature):
     twin = miniature.healthy_before(s, rng)
     return miniature.twin(s, twin, _change_words(twin.files, rng), similarity="near")
 
-# %% ../../nbs/corpus/01_miniature.ipynb #f6360c2e
+# %% ../../nbs/corpus/01_miniature.ipynb #b901b9ee
 @_trouble(Reason.withdrawn)
 def _withdrawn(s, rng, miniature):
     "withdrawn"
@@ -988,9 +997,9 @@ def _withdrawn(s, rng, miniature):
 def _truncated(s, rng, miniature):
     "the gzip stream ends early"
     whole = pack_files(s.files)
-    return replace(s, container="damaged", main=None, payload=whole[:len(whole)*rng.randint(2, 8)//10])
+    return _served_as(s, "damaged", whole[:len(whole)*rng.randint(2, 8)//10])
 
-# %% ../../nbs/corpus/01_miniature.ipynb #ec56e5cf
+# %% ../../nbs/corpus/01_miniature.ipynb #aa547e59
 @_trouble(Reason.exact_duplicate)
 def _exact_duplicate(s, rng, miniature):
     "the same text as an earlier paper"
@@ -1000,23 +1009,23 @@ def _exact_duplicate(s, rng, miniature):
 @_trouble(Reason.not_english)
 def _other_language(s, rng, miniature):
     "not in English"
-    return replace(s, files={"main.tex": _foreign_paper(rng).encode()}, main="main.tex", container="gz-tex")
+    return _single_file(s, _foreign_paper(rng))
 
 @_trouble(Reason.no_studied_category)
 def _outside(s, rng, miniature):
     "none of its categories is studied"
     return replace(s, record={**s.record, "categories": " ".join(rng.sample(_OUTSIDE, rng.choice((1, 2))))})
 
-# %% ../../nbs/corpus/01_miniature.ipynb #4af9eab1
+# %% ../../nbs/corpus/01_miniature.ipynb #5037e9d0
 @_trouble(Reason.zero_bytes)
 def _empty(s, rng, miniature):
     "zero bytes"
-    return replace(s, container="empty", main=None, payload=b"")
+    return _served_as(s, "empty", b"")
 
 @_trouble(Reason.postscript_only)
 def _postscript(s, rng, miniature):
     "no TeX source: PostScript"
-    return replace(s, container="postscript", main=None, payload=squeeze(b"%!PS-Adobe-2.0\n%%Title: ms.dvi\n" + b"72 720 moveto (text) show\n"*200 + b"showpage\n%%EOF\n"))
+    return _served_as(s, "postscript", squeeze(b"%!PS-Adobe-2.0\n%%Title: ms.dvi\n" + b"72 720 moveto (text) show\n"*200 + b"showpage\n%%EOF\n"))
 
 @_trouble(Reason.abstract_too_short)
 def _short_abstract(s, rng, miniature):
@@ -1026,9 +1035,9 @@ def _short_abstract(s, rng, miniature):
 @_trouble(Reason.html_only)
 def _html(s, rng, miniature):
     "no TeX source: HTML"
-    return replace(s, container="html", main=None, payload=squeeze(b"<!DOCTYPE html>\n<html><head><title>Proceedings</title></head>\n<body><p>Table of contents</p></body></html>\n"))
+    return _served_as(s, "html", squeeze(b"<!DOCTYPE html>\n<html><head><title>Proceedings</title></head>\n<body><p>Table of contents</p></body></html>\n"))
 
-# %% ../../nbs/corpus/01_miniature.ipynb #827bf078
+# %% ../../nbs/corpus/01_miniature.ipynb #54828eff
 @_trouble(Reason.no_metadata)
 def _no_record(s, rng, miniature):
     "in a tar, and absent from the snapshot"
@@ -1038,14 +1047,14 @@ def _no_record(s, rng, miniature):
 def _note(s, rng, miniature):
     "a note of two sentences"
     text = "\\documentclass{article}\n\\begin{document}\nThe sign in equation~(3) should be reversed. We thank a reader.\n\\end{document}\n"
-    return replace(s, files={"main.tex": text.encode()}, main="main.tex", container="gz-tex")
+    return _single_file(s, text)
 
 @_trouble(Reason.not_text)
 def _binary(s, rng, miniature):
     "binary payload, no TeX"
-    return replace(s, container="unknown", main=None, payload=squeeze(rng.randbytes(6000)))
+    return _served_as(s, "unknown", squeeze(rng.randbytes(6000)))
 
-# %% ../../nbs/corpus/01_miniature.ipynb #917f6b59
+# %% ../../nbs/corpus/01_miniature.ipynb #04b1f1b7
 @_trouble(Reason.no_tex)
 def _no_tex(s, rng, miniature):
     "a readable archive without a TeX file"
@@ -1061,38 +1070,43 @@ def _numbers(s, rng, miniature):
     "a table of numbers in a .tex file"
     rows = "\n".join(" & ".join(f"{rng.random()*100:.4f}" for _ in range(8)) + r" \\" for _ in range(150))
     text = f"\\documentclass{{article}}\n\\begin{{document}}\nThe data are as follows.\n\n\\begin{{tabular}}{{rrrrrrrr}}\n{rows}\n\\end{{tabular}}\n\\end{{document}}\n"
-    return replace(s, files={"main.tex": text.encode()}, main="main.tex", container="gz-tex")
+    return _single_file(s, text)
 
-# %% ../../nbs/corpus/01_miniature.ipynb #385b7e4a
+# %% ../../nbs/corpus/01_miniature.ipynb #1b805bb8
 @_trouble(Reason.repeated_lines)
 def _repeated(s, rng, miniature):
     "a few lines over and over"
     lines = ["The step is accepted and the next step of the iteration begins.", "The residual of the equation is computed once more.", "The size of the step is halved and tried again."]
     text = "\\documentclass{article}\n\\begin{document}\n" + "\n\n".join(rng.choice(lines) for _ in range(180)) + "\n\\end{document}\n"
-    return replace(s, files={"main.tex": text.encode()}, main="main.tex", container="gz-tex")
+    return _single_file(s, text)
 
 @_trouble(Reason.no_document_text)
 def _empty_document(s, rng, miniature):
     "a document without text"
     text = "\\documentclass{article}\n\\usepackage{amsmath}\n\\begin{document}\n% to be written\n\n\\end{document}\n"
-    return replace(s, files={"main.tex": text.encode()}, main="main.tex", container="gz-tex")
+    return _single_file(s, text)
 
 @_trouble(Reason.dvi_only)
 def _dvi(s, rng, miniature):
     "no TeX source: DVI"
-    return replace(s, container="dvi", main=None, payload=squeeze(bytes((247, 2, 1, 131, 146, 192, 28, 59, 0, 0)) + b" TeX output 1999.01.01:0000" + rng.randbytes(400) + b"\xdf"*4))
+    return _served_as(s, "dvi", squeeze(bytes((247, 2, 1, 131, 146, 192, 28, 59, 0, 0)) + b" TeX output 1999.01.01:0000" + rng.randbytes(400) + b"\xdf"*4))
 
-# %% ../../nbs/corpus/01_miniature.ipynb #789d149e
+# %% ../../nbs/corpus/01_miniature.ipynb #4627bb2a
 @_trouble(Reason.empty_after_normalization)
 def _invisible(s, rng, miniature):
     "a body of invisible characters"
     text = "\\documentclass{article}\n\\usepackage[utf8]{inputenc}\n\\begin{document}\n" + "\u200b\ufeff\u200b \u00ad\n"*5 + "\\end{document}\n"
-    return replace(s, files={"main.tex": text.encode()}, main="main.tex", container="gz-tex")
+    return _single_file(s, text)
+
+@_trouble(Reason.unsupported_archive)
+def _compressed(s, rng, miniature):
+    "packed by compress, as in 1993"
+    return _served_as(s, "compress", b"\x1f\x9d\x90" + rng.randbytes(600))
 
 @_trouble(Reason.too_large)
 def _bomb(s, rng, miniature):
     "unpacks to far more than any paper"
-    return replace(s, container="tar-gz", main=None, payload=bomb())
+    return _served_as(s, "tar-gz", bomb())
 
 # %% ../../nbs/corpus/01_miniature.ipynb #d7b3d392
 def _edit_main(s: Submission, edit, **changes) -> Submission:
@@ -1140,7 +1154,7 @@ def _windows_lines(s, rng, miniature):
     "lines end in CR LF"
     return _edit_main(s, lambda b: b.replace(b"\n", b"\r\n"))
 
-# %% ../../nbs/corpus/01_miniature.ipynb #f537fe74
+# %% ../../nbs/corpus/01_miniature.ipynb #bff35d27
 @_trouble()
 def _short_abstract_with_source(s, rng, miniature):
     "a short abstract, and a source that decides"
@@ -1153,7 +1167,7 @@ def _plain_tex(s, rng, miniature):
     body = "\n".join(writer.paragraph("motive fact fact fact special fact") + f"$${writer.expand('display')}.$$\n" for _ in range(10))
     body = re.sub(r"\\(?:cite|ref|eqref)\{[^}]*\}", "[1]", body)
     text = f"\\magnification=1200\n\\input amssym\n\\def\\norm#1{{\\|#1\\|}}\n\\centerline{{\\bf {s.record['title']}}}\n\\bigskip\n{body}\\bye\n"
-    return replace(s, files={"main.tex": text.encode()}, main="main.tex", container="gz-tex")
+    return _single_file(s, text)
 
 @_trouble()
 def _old_latex(s, rng, miniature):
@@ -1205,6 +1219,25 @@ def _several_versions(s, rng, miniature):
     "a superseded version of the paper lies in a subfolder"
     old = {f"old/{p}": c[:len(c)//2] for p, c in s.files.items() if p.endswith(".tex")}
     return replace(s, files={**s.files, **old}, container="tar-gz")
+
+# %% ../../nbs/corpus/01_miniature.ipynb #2275e32b
+@_trouble()
+def _nested_archive(s, rng, miniature):
+    "the paper lies in an archive within the archive: opened"
+    return replace(s, container="tar-gz", payload=pack_files({"paper.tar.gz": pack_files(s.files), "fig1.eps": _FIGURE}))
+
+@_trouble()
+def _padded(s, rng, miniature):
+    "NULs behind the gzip stream, as a tape left them: ignored"
+    return replace(s, container="tar-gz", payload=pack_files(s.files) + bytes(1024))
+
+@_trouble()
+def _zipped(s, rng, miniature):
+    "a zip, under the name of a gzip"
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path, content in s.files.items(): archive.writestr(zipfile.ZipInfo(path), content)
+    return replace(s, container="zip", payload=packed.getvalue())
 
 # %% ../../nbs/corpus/01_miniature.ipynb #820df46f
 @dataclass(frozen=True)
@@ -1270,7 +1303,7 @@ def submission(self: Miniature, paper: int) -> Submission:
     if name is None: return s
     return replace(t := {**TROUBLES, **ODDITIES}[name](s, self._rng(paper, name), self), truth={"planted": name, **t.truth})
 
-# %% ../../nbs/corpus/01_miniature.ipynb #5551e2b0
+# %% ../../nbs/corpus/01_miniature.ipynb #8f32efad
 @patch
 def member(self: Submission) -> tuple[str, bytes]|None:  # name in the bulk tar and payload; None: only metadata
     "What lies in the bulk tar."
@@ -1283,13 +1316,13 @@ def member(self: Submission) -> tuple[str, bytes]|None:  # name in the bulk tar 
 def truth_line(self: Submission) -> dict:
     "What `truth.jsonl` says about it; a paper dropped by its record is not looked into, so it has no main file."
     stage = REASONS[self.reason].stage.value if self.reason else None
-    sound = self.container in ("tar-gz", "gz-tex")
+    sound = self.container in ("tar-gz", "gz-tex", "zip")
     return dict(id=self.id, container=self.container, fate="dropped" if self.reason else "source", why=self.why, stage=stage,
                 reason=self.reason.value if self.reason else None, main=self.main if sound and stage != "metadata" else None,
                 domain=domain_of(self.record["categories"]) if self.record else None, files=len(self.files) if sound else 0,
                 **{k: v for k, v in self.truth.items() if k != "number"})
 
-# %% ../../nbs/corpus/01_miniature.ipynb #8d4a97b4
+# %% ../../nbs/corpus/01_miniature.ipynb #b1a1a58e
 def _add(tar: tarfile.TarFile, name: str, payload: bytes|None):
     "Add a member, or a folder where there is no payload."
     info = tarfile.TarInfo(name)
@@ -1297,14 +1330,7 @@ def _add(tar: tarfile.TarFile, name: str, payload: bytes|None):
     else: info.size, info.mtime = len(payload), _WHEN
     tar.addfile(info, io.BytesIO(payload or b""))
 
-def _md5_of(path: Path) -> str:
-    "MD5 of a file, read in pieces."
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as f:
-        while piece := f.read(1 << 20): digest.update(piece)
-    return digest.hexdigest()
-
-# %% ../../nbs/corpus/01_miniature.ipynb #733aecb7
+# %% ../../nbs/corpus/01_miniature.ipynb #a01d5cbc
 @patch
 def write_tar(self: Miniature, folder: Path, number: int, submissions) -> dict:  # the manifest's entry
     "Write one bulk tar from submissions in order."
@@ -1317,7 +1343,7 @@ def write_tar(self: Miniature, folder: Path, number: int, submissions) -> dict: 
             tar.members = []  # tarfile would remember every member
             content.update(payload)
             items.append(Path(name).stem)
-    return dict(content_md5sum=content.hexdigest(), filename=f"src/{path.name}", first_item=items[0] if items else "", last_item=items[-1] if items else "", md5sum=_md5_of(path),
+    return dict(content_md5sum=content.hexdigest(), filename=f"src/{path.name}", first_item=items[0] if items else "", last_item=items[-1] if items else "", md5sum=file_digest(path, "md5"),
                 num_items=len(items), seq_num=seq, size=path.stat().st_size, timestamp="2026-01-01 00:00:00", yymm=yymm)
 
 # %% ../../nbs/corpus/01_miniature.ipynb #849aee4e
