@@ -68,9 +68,9 @@ def year_of(record:Record)->int|None:
     month = month_of(record.id)
     return None if month == "other" else int(month[:2]) + (1900 if month >= "9101" else 2000)
 
-# %% ../../nbs/corpus/02_metadata.ipynb #2d01169e
+# %% ../../nbs/corpus/02_metadata.ipynb #5c4db2c8
 def _blocks(file, # opened for bytes, unbuffered
-            n_bytes:int=1<<18, max_line:int=1<<24 # a record has some thousand bytes
+            n_bytes:int=1<<16, max_line:int=1<<24 # a record has some thousand bytes
            )->Iterator[bytes]: # whole lines; ends early where a line does not end
     "A file in blocks of whole lines."
     rest = b""
