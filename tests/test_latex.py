@@ -14,23 +14,26 @@ from arxiv_study.corpus.quality import judge_text, language_of, prose_of
 REAL = Path(__file__).parents[1].parent / "shared" / "arxiv"
 needs_real = pytest.mark.skipif(not REAL.exists(), reason="no ../shared/arxiv here: the test on real sources is left out")
 RULES = [LatexRules(), LatexRules(macros="expand"), LatexRules(bibliography="keep", figures="keep", labels="keep"),
-         LatexRules(citations="remove", references="remove", tables="remove", figures="remove"), LatexRules(recipe="concatenate"), LatexRules(recipe="released")]
+         LatexRules(citations="remove", references="remove", tables="remove", figures="remove"),
+         LatexRules(preamble="keep", comments="keep", figures="keep", graphics="keep", tikz="keep", authors="keep", layout="keep"),
+         LatexRules(tables="caption", acknowledgements="remove", appendix="remove"), LatexRules(recipe="concatenate"), LatexRules(recipe="released")]
 
 PAPER = r"""\documentclass{article} % a class
-\title{On {Rings}}\newcommand{\R}{\mathbb{R}}\def\n#1{\|#1\|}\DeclareMathOperator{\im}{im}
+\title{On {Rings}}\newcommand{\R}{\mathbb{R}}\def\n#1{\|#1\|}\DeclareMathOperator{\im}{im}\newif\ifdraft\drafttrue
 \begin{document}\maketitle
 100\% of $\R$ is \n{x}, see \url{http://a.b/c%20d} and \verb|%$| and \cite[p.~1]{k}.
 \begin{verbatim}
 % not a comment $
 \end{verbatim}
-\iffalse hidden \ifx a\b c\fi\else shown\fi
+\iffalse hidden \ifx a\b c\fi\else shown\fi \ifdraft a\else b\fi \InputIfFileExists{part}{yes}{no}
 \input{part} \begin{figure}\includegraphics[w=1]{a}\caption{A {cap}.}\end{figure}
 \[ a = b % c
 \] $$x$$ \begin{align*} a &= \$ \\ b \end{align*} \label{l}
 \begin{comment} no \end{comment}
+\section*{Acknowledgements}\thanks{a \label{t}}\appendix\section{A}
 \bibliography{b}
 \end{document} after"""
-TOKENS = [r"\begin{", r"\end{", "}", "{", "$", "$$", "\\", "\\\\", "%", "\n", "\n\n", r"\[", r"\]", r"\(", r"\iffalse", r"\fi", r"\else", r"\input{part}", r"\input ", r"\def\a", "#1",
+TOKENS = [r"\begin{", r"\end{", "}", "{", "$", "$$", "\\", "\\\\", "%", "\n", "\n\n", r"\[", r"\]", r"\(", r"\iffalse", r"\fi", r"\else", r"\newif\ifa", r"\atrue", r"\ifa", r"\if0 ", r"\InputIfFileExists{part}", r"\appendix", r"\acks", r"\section*{Acknowledgements}", r"\input{part}", r"\input ", r"\def\a", "#1",
           r"\newcommand{\b}[2][x]", r"\a", r"\b", r"\verb|", "|", r"\url{", r"\caption{", r"\author{", "figure}", "document}", "verbatim}", "align}", r"\endinput", r"\bye", "é", "\x00", "\r", "ﬁ", " ", "\t", "x"]
 
 def books(total, added, text, removed): return total + sum(added.values()) - len(text.encode()) - sum(removed.values())
@@ -74,21 +77,96 @@ def test_normalize_keeps_formulas(text):
         assert pos >= 0
         pos += len(h)
 
-NAMED = ["{", "$", r"\begin{a}", "\\", "x"] # 2 MB of each, the others 0.5 MB
-WALLS = ["$$", "$ ", r"\begin{figure}", r"\begin{equation}", r"\begin{verbatim}", r"\\", "%", " ", "\n", "\t ", " \n", r"\iffalse", r"\fi", r"\author{", r"\caption{", r"\url{",
-         r"\input{", r"\input{a}", r"\verb|", r"\[", r"\(", r"\def\a{", r"\newcommand{\x}{", r"\x{", r"\x", r"\$", r"$\$", "[", r"\cite[", r"\includegraphics[", r"\end{document", r"\documentclass{", "$a$$b$", "a % b\n", "}"]
+WALLS = ["{", "}", "$", r"\begin{a}", "\\", "x", "$$", "$ ", r"\begin{figure}", r"\begin{figure}\caption{", r"\begin{equation}", r"\begin{verbatim}", r"\begin{comment}", r"\begin{abstract}", r"\\", "%", "%\n", " ", "\n",
+         "\t ", " \n", r"\iffalse ", r"\iffalse\else ", r"\if0 ", r"\ifa ", r"\newif\ifa", r"\fi", r"\author{", r"\title{", r"\caption{", r"\label{", r"\url{", r"\input{", r"\input{a}", r"\input a ", r"\InputIfFileExists{a}{",
+         r"\verb|", r"\lstinline[", r"\[", r"\(", r"\def\a{", r"\newcommand{\x}{", r"\x{", r"\x", r"\$", r"$\$", "[", r"\cite[", r"\includegraphics[", r"\end{document", r"\endinput ", r"\documentclass{", r"\appendix ",
+         r"\section*{Acknowledgements}", "$a$$b$", "a % b\n"]
+ENDS = ["", "\n\n" + r"\end{figure}\end{equation}\]\)$$\end{verbatim}\end{comment}\fi}]|"] # what was opened a million times is closed at last, after an empty line
+ALL_RULES = LatexRules(acknowledgements="remove", appendix="remove", citations="remove", references="remove", tables="caption")
 
-@pytest.mark.parametrize("wall, size", [(w, 2_000_000) for w in NAMED] + [(w, 500_000) for w in WALLS])
-def test_no_wall_stops_the_stage(wall, size):
-    text = "\\documentclass{a}\\newcommand{\\x}[1]{#1}\n\\begin{document}\n" + wall * (size // len(wall))
+def through(wall, end, size, rules=ALL_RULES):
+    "Seconds of the processor for a wall of one thing, through all that reads LaTeX"
+    heap = wall * (size // len(wall))
     start = time.process_time()
-    for rules in (LatexRules(), LatexRules(macros="expand")): normalize(extract({"m.tex": text}, rules).text)
-    assert time.process_time() - start < 30 # quadratic time would take hours
+    text, *_ = normalize(extract({"m.tex": "\\documentclass{a}\\newif\\ifa\\newcommand{\\x}[1]{#1}\n\\begin{document}\n" + heap + end, "part.tex": heap}, rules).text)
+    judge_text(text)
+    return time.process_time() - start
+
+@pytest.mark.parametrize("end", ENDS, ids=["open", "closed"])
+@pytest.mark.parametrize("wall", WALLS)
+def test_time_is_linear_in_a_wall(wall, end):
+    "Sixteen times as much takes sixteen times as long; quadratic time would be 256 times. Half a second is let pass: neighbours make noise"
+    short, long = through(wall, end, 8_000), through(wall, end, 128_000)
+    assert long < 0.5 or long < 48 * short, (short, long)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wall", ["{", "$", r"\begin{a}", "\\", "x", "%", r"\input{", r"\caption{", r"\iffalse ", r"\verb|", "[", r"\\"])
+def test_ten_megabytes_of_one_thing(wall):
+    assert through(wall, ENDS[1], 10_000_000, LatexRules()) < 60
 
 def test_quality_and_sketch_take_any_wall():
     for wall in ("{", "$", r"\begin{a}", "\\", "x", "x ", "\n"):
         text = wall * (500_000 // len(wall))
         judge_text(text); sketch(text)
+
+# ---- what TeX reads ----
+
+BODY = "\\documentclass{article}\n\\begin{document}\n%s\n\\end{document}\n"
+
+def text_of(body, rules=LatexRules(), head="", **files):
+    main = (BODY % body).replace("\n\\begin{document}", head + "\n\\begin{document}")
+    return extract({"main.tex": main} | {f"{k}.tex": v for k, v in files.items()}, rules).text.strip()
+
+@pytest.mark.parametrize("body, text, files", [
+    (r"a\input b c", "aBc", {"b": "B"}), (r"a\input{b}c", "aBc", {"b": "B"}), (r'\input "b"', "B", {"b": "B"}), (r"\include{b}", "B", {"b": "B"}),
+    (r"\import{./}{b}\subimport{./}{b}", "BB", {"b": "B"}), (r"\subfile{b}", "B", {"b": BODY % "B"}), (r"\InputIfFileExists{b}{in}{out}", "inB", {"b": "B"}),
+    (r"\InputIfFileExists{b}{in}{o{u}t}.", "o{u}t.", {}), (r"\IfFileExists{b}{in}{out}", "in", {"b": "B"}), (r"\IfFileExists{b.sty}{in}{out}", r"\IfFileExists{b.sty}{in}{out}", {}),
+    (r"a % \input{b}", "a", {"b": "B"}), (r"\\input{b}", r"\\input{b}", {"b": "B"}), (r"\verb|\input{b}|", r"\verb|\input{b}|", {"b": "B"}), (r"\input{b}", "B", {"b": "B\n\\endinput\nC"}),
+    (r"\input{b}", "bb", {"b": r"b\input{c}", "c": r"b\input{b}"}), # a cycle is cut
+    (r"a\% b", r"a\% b", {}), (r"a\\% b", r"a\\", {}), (r"\url{a%20b}", r"\url{a%20b}", {}), (r"\verb+%+", r"\verb+%+", {}), (r"\lstinline|%|", r"\lstinline|%|", {}), (r"\mintinline{c}{a%b}", r"\mintinline{c}{a%b}", {}),
+    ("\\iffalse a \\ifx\\b\\c d\\else e\\fi f\\fi g", "g", {}), ("\\iffalse a\\else b\\fi", "b", {}), ("\\iftrue a\\else b\\fi", "a", {}), ("\\if0 a\\fi b", "b", {}), ("$x \\iff y$ \\iffalse a\\fi", "$x \\iff y$", {}),
+    ("\\begin{comment} % \n a\n\\end{comment}b", "b", {}), ("a\\end{document}b", "a", {})])
+def test_what_tex_reads_stays(body, text, files): assert text_of(body, **files) == text
+
+@pytest.mark.parametrize("head, text", [
+    (r"\newif\ifdraft", "B"), (r"\newif\ifdraft\drafttrue", "A"), (r"\newif\ifdraft\drafttrue\draftfalse", "B"), (r"\newif\ifdraft % \drafttrue", "B"), (r"\let\ifdraft\iftrue", "A"),
+    (r"\newif\ifdraft\newcommand{\d}{\drafttrue}", None), (r"\newif\ifdraft\ifx\a\b\drafttrue\fi", None), (r"\input{set}", "A"), (r"", None)])
+def test_the_branch_that_an_author_chose(head, text):
+    body = r"\ifdraft A\else B\fi"
+    assert text_of(body, head=head, set=r"\newif\ifdraft\drafttrue") == (text or body)
+
+@pytest.mark.parametrize("head", [r"\excludecomment{x}", r"\newenvironment{x}{\comment}{\endcomment}", r"\newenvironment{x}{\begin{comment}}{\end{comment}}", r"\NewEnviron{x}{}", r"\excludeversion{x}"])
+def test_environments_that_a_paper_hides(head): assert text_of(r"a\begin{x} % \end{x}b", head=head) == "ab"
+
+@pytest.mark.parametrize("rule, what, body", [
+    ("preamble", "keep", None), ("comments", "keep", "a % b"), ("figures", "remove", r"\begin{figure}\includegraphics{a}\caption{A}\end{figure}"), ("figures", "keep", r"\begin{figure}\tikz a\caption{A}\end{figure}"),
+    ("graphics", "keep", r"\includegraphics[width=1cm]{a}"), ("tikz", "keep", r"\begin{tikzpicture}a\end{tikzpicture}"), ("tables", "remove", r"\begin{table}a\end{table}"), ("bibliography", "keep", r"\begin{thebibliography}{1}a\end{thebibliography}"),
+    ("labels", "keep", r"\label{a}"), ("citations", "remove", r"\citep[see][p.~1]{a}"), ("references", "remove", r"\eqref{a}"), ("acknowledgements", "remove", r"\section*{Acknowledgments}We thank"),
+    ("acknowledgements", "remove", r"\begin{acknowledgements}We thank\end{acknowledgements}"), ("acknowledgements", "remove", r"\acknowledgments We thank"), ("appendix", "remove", r"\appendix\section{A}"),
+    ("authors", "keep", r"\author{\IEEEauthorblockN{A {B}}\thanks{C}}"), ("layout", "keep", r"\newpage\vspace{1cm}")])
+def test_each_policy_keeps_or_removes_to_the_byte(rule, what, body):
+    files = {"main.tex": BODY % ("Before.\n" + (body or "") + "\n\\bibliography{b}")}
+    default, other = extract(files, LatexRules()), extract(files, LatexRules(**{rule: what}))
+    keeps, cuts = (other, default) if what == "keep" else (default, other)
+    has_caption = "caption" in str(body) # which stays by default
+    if not has_caption: assert cuts.removed[rule] - keeps.removed.get(rule, 0) >= (len("% b") if rule == "comments" else len(body or "\\begin{document}"))
+    assert len(keeps.text) - len(cuts.text) == cuts.removed[rule] - keeps.removed.get(rule, 0)
+    assert body is None or (body in keeps.text or has_caption) and body not in cuts.text
+
+def test_a_document_that_never_ends_is_not_known_to_be_empty():
+    head = "\\documentclass{a}\n\\begin{document}\n"
+    assert extract({"a.tex": head}).reason is None and extract({"a.tex": head}).repairs["document_open"] == 1
+    assert extract({"a.tex": head + "\\end{document}"}).reason == Reason.no_document_text
+
+@pytest.mark.parametrize("files, main", [
+    ({"00README.XXX": "b.tex toplevelfile", "a.tex": BODY % "A" * 9, "b.tex": BODY % "B"}, "b.tex"),
+    ({"00README.json": '{"sources": [{"usage": "toplevel", "filename": "b.tex"}]}', "a.tex": BODY % "A" * 9, "b.tex": BODY % "B"}, "b.tex"),
+    ({"00README.yaml": "sources:\n  - filename: a.tex\n    usage: include\n  - filename: b.tex\n    usage: toplevel\n", "a.tex": BODY % "A" * 9, "b.tex": BODY % "B"}, "b.tex"),
+    ({"a.tex": "\\input amstex\nText.\n\\bye", "b.tex": "no mark"}, "a.tex"), ({"paper.txt": BODY % "A", "b.tex": "no mark"}, "paper.txt"), ({"paper": BODY % "A"}, "paper"), ({"p.latex": BODY % "A"}, "p.latex"),
+    ({"top.tex": "\\input{head}\n\\begin{document}\\input{b}\\end{document}", "head.tex": "\\documentclass{article}", "b.tex": "B"}, "top.tex"),
+    ({"paper.tex": BODY % ("word " * 99), "old/paper.tex": BODY % "word"}, "paper.tex"), ({"cover.tex": BODY % "Dear editor", "paper.tex": BODY % "\\input{b}", "b.tex": "word " * 99}, "paper.tex"),
+    ({"a.tex": BODY.replace("class", "style") % "A"}, "a.tex"), ({"fig.tex": "\\documentclass{standalone}\\begin{document}\\end{document}" + "x" * 999, "a.tex": BODY % "A"}, "a.tex")])
+def test_the_main_file_by_arxivs_rules(files, main): assert find_main(files)[0] == main
 
 # ---- real sources ----
 

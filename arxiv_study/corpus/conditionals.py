@@ -6,10 +6,10 @@
 __all__ = ['NEW_SWITCH', 'PRIMITIVES', 'CONDITIONALS', 'TEX_DECIDES', 'BRACE', 'setting_scanner', 'settings', 'switches',
            'Conditional', 'hidden', 'value_of', 'hidden_spans', 'part_of_definition', 'decided']
 
-# %% ../../nbs/corpus/07_conditionals.ipynb #dbd51cb4
+# %% ../../nbs/corpus/07_conditionals.ipynb #0f41b9cf
 import re
 from dataclasses import dataclass, field
-from .main_file import BEGIN_DOCUMENT, in_comment, included, live
+from .main_file import BEGIN_DOCUMENT, in_comment, included, live, reach
 from .scan import INLINE_VERBATIM, VERBATIM, Ahead, any_of, escaped
 
 # %% ../../nbs/corpus/07_conditionals.ipynb #0e54c698
@@ -39,19 +39,21 @@ def settings(
         elif m["set"] or m["let"]: found.append(setting(m, depth <= 0 and ifs <= 0))
     return found + [setting(m, False) for m in scanners[0].finditer(text, end) if not in_comment(text, m.start())]
 
-# %% ../../nbs/corpus/07_conditionals.ipynb #b431ca4e
+# %% ../../nbs/corpus/07_conditionals.ipynb #2ceeb989
 def switches(
     files:dict, # member path -> text
     main:str, # the main file
 )->dict: # name -> True, False or None where it is not certain
     "The switches that a paper declares, with what its author has set"
-    names = sorted({m[1] for t in files.values() if "\\newif" in t or "\\let\\if" in t for m in NEW_SWITCH.finditer(t) if len(m[1]) < 50})[:200]
+    read = reach({p: included(files, p) for p in files}, main)
+    texts = {p: t for p, t in files.items() if p in read or p.endswith((".sty", ".cls"))}
+    names = sorted({m[1] for t in texts.values() for m in NEW_SWITCH.finditer(t) if len(m[1]) < 50})[:200]
     if not names: return {}
     begin = live(BEGIN_DOCUMENT, files[main])
     head = files[main][:begin.start() if begin else len(files[main])]
     read_first = {*included({**files, main: head}, main)} - {main}
     scanners, values, found = setting_scanner(names), {}, []
-    for path in (*sorted(read_first), *(p for p in files if p not in read_first)):
+    for path in (*sorted(read_first), *(p for p in texts if p not in read_first)):
         end = len(head) if path == main else len(files[path]) if path in read_first else 0
         found += settings(files[path], end, scanners)
     for name in names:
@@ -119,7 +121,7 @@ def hidden_spans(
     never = next((c.start for c in stack if c.value is not None), None)
     return sorted(s for s in spans if never is None or s[1] <= never), never
 
-# %% ../../nbs/corpus/07_conditionals.ipynb #547c046e
+# %% ../../nbs/corpus/07_conditionals.ipynb #c0fba2d7
 BRACE = re.compile(r"\\.|[{}]", re.S)
 
 def part_of_definition(
@@ -137,7 +139,7 @@ def decided(
     text:str, # a file
     start:int, # where its first conditional stands
     values:dict, # switch -> True, False or None
-    most_failures:int=5, # conditionals that never end: each makes another pass over the rest
+    most_failures:int=3, # conditionals that never end: each makes another pass over the rest
 )->tuple: # (start, end, rule) to leave out, in order, and the number of conditionals left
     "What the conditionals of a file hide, and how many that could be decided are left as they are"
     spans, left = [], 0
