@@ -286,7 +286,7 @@ def macro_scanner(
     return re.compile(rf"\\(?:(?:(?P<name>{words})(?![a-zA-Z@]){GAP.pattern}{f'|(?P<mark>[{marks}])' if marks else ''})|begin\s*\{{(?P<verbatim>{any_of(VERBATIM)})\}}"
                       rf"|verb\*?(?P<delim>[^a-zA-Z*\s]).{{0,300}}?(?P=delim)|(?P<define>{WORDS})(?![a-zA-Z@])|(?P<environment>(?:re)?newenvironment|(?:New|Renew|Provide|Declare)DocumentEnvironment)(?![a-zA-Z@]))")
 
-# %% ../../nbs/corpus/06_macros.ipynb #c8ce1c41
+# %% ../../nbs/corpus/06_macros.ipynb #f880b03f
 class Left(Exception):
     "Why a use is left: program, arguments (not all there) or bound (it doesn't end, or grows too long)"
 
@@ -305,7 +305,7 @@ class Expander:
     def __post_init__(self):
         self.work = 2 * self.room # characters that may be written and read on the way
         self.scanner = macro_scanner(tuple(sorted(self.names)))
-        self.closed, self.ready, self.hopeless = {}, {}, set() # what is known of names until the next definition
+        self.closed, self.ready, self.hopeless = {}, {}, {} # what is known of names until the next definition
         self.scopes, self.handed, self.journal = [], [], [] # what definitions replaced: by group, to be handed on, all
         self.depth = self.cursor = 0 # groups open at a place
         self.looked, self.absent = False, set()
@@ -387,13 +387,13 @@ def recurs(self:Expander, name):
         seen |= used
     return False
 
-# %% ../../nbs/corpus/06_macros.ipynb #79efeeda
+# %% ../../nbs/corpus/06_macros.ipynb #71063173
 @patch
 def replacement(self:Expander, text, name, end, level, after):
     "(what a use becomes, where the use ends); raises Left"
     macro, args = self.macros[name], ()
     if macro is None: raise Left("program")
-    if level > 60 or self.work < 0 or name in self.hopeless: raise Left("bound")
+    if level > 60 or self.work < 0 or name in self.hopeless: raise Left(self.hopeless.get(name, "bound"))
     if macro.params: args, end = self.arguments(text, end, macro, after)
     parts, settled = (self.answered(macro, args), False) if macro.asks else self.ready.get(name) or self.prepared(name, macro, level)
     new = fill(parts, args)
@@ -408,8 +408,8 @@ def again(self:Expander, new, name, text, end, level, after):
     "Expand what a use became, with what follows it at hand"
     simple, looked, self.looked, n = not self.macros[name].params, self.looked, False, len(self.journal)
     try: new, used = self.expand(new, 0, level + 1, (text, end, after))
-    except Left:
-        if simple or self.recurs(name): self.hopeless.add(name)
+    except Left as why:
+        if simple or self.recurs(name): self.hopeless[name] = str(why)
         raise
     if len(new) > 20_000: raise Left("bound")
     if simple and not self.looked and len(self.journal) == n: self.remember(name, new)
@@ -449,7 +449,7 @@ def depth_of(
     if not braces: return n
     return n + text.count("\\begin{") - text.count("\\end{") + text.count("{") - text.count("\\{") - text.count("}") + text.count("\\}")
 
-# %% ../../nbs/corpus/06_macros.ipynb #8400c536
+# %% ../../nbs/corpus/06_macros.ipynb #44ce5530
 @patch
 def scope(self:Expander, text, end, level):
     "Where the group ends in which a definition stands, None where it is in none of this text"
@@ -471,6 +471,7 @@ def keep(self:Expander, text, end, name, old, scopes, level):
 def take_over(self:Expander, text, end, scopes, level):
     "Definitions made within what a use became hold until the end of the group around the use"
     handed, self.handed = self.handed, []
+    if not level: self.depth += depth_of(text[self.cursor:end], self.in_body); self.cursor = end
     for name, old in handed: self.keep(text, end, name, old, scopes, level)
 
 # %% ../../nbs/corpus/06_macros.ipynb #7e727abc
@@ -516,11 +517,11 @@ def alias(self:Expander, text, m):
     named = word in self.names or word in STRUCTURE or word in ("begingroup", "endgroup", "bgroup", "egroup") or "@" in word or PROGRAM.search("\\" + word)
     return None if named else macro_of((), "\\" + word), end
 
-# %% ../../nbs/corpus/06_macros.ipynb #48e8d991
+# %% ../../nbs/corpus/06_macros.ipynb #227ec916
 TAKES_ONE = frozenset("""sqrt hat widehat tilde widetilde check widecheck bar vec dot ddot dddot acute grave breve mathring overline overbrace overleftarrow overrightarrow underline underbrace mathbf mathrm
     mathcal mathbb mathsf mathfrak mathtt mathit mathscr mathop mathrel mathbin mathord mathopen mathclose mathinner boldsymbol bm operatorname text textbf textit textrm textsf texttt textsc textup textmd
     textsl textnormal emph mbox phantom hphantom vphantom pmb frac dfrac tfrac cfrac binom dbinom tbinom overset underset stackrel""".split())
-SECOND = re.compile(r"\\(?:[dtc]?frac|[dt]?binom|overset|underset|stackrel)\s*(?:[^\\{}\s]|\{[^{}]*\}|\\[a-zA-Z]+\s*)\s*\Z")
+SECOND = re.compile(r"\\(?:[dtc]?frac|[dt]?binom|overset|underset|stackrel)\s*(?:[^\\{}\s]|\{(?:[^{}]|\{[^{}]*\})*\}|\\[a-zA-Z]+\s*)\s*\Z")
 COMMAND = re.compile(r"\\[a-zA-Z@]+\*?")
 SINGLE = re.compile(r"\\(?:[a-zA-Z@]+|.)\Z|.\Z", re.S)
 UNTROUBLED = frozenset("{$(,=[<>+-/|.:;!&~*'`\"?)") # after these, anything may stand
@@ -551,7 +552,7 @@ def fitted(left, new, text, end, bare):
     if meets(left, new): new = " " + new
     return new + " " if meets(new, right) else new
 
-# %% ../../nbs/corpus/06_macros.ipynb #5acd7c6c
+# %% ../../nbs/corpus/06_macros.ipynb #7a81e4a8
 XSPACE = re.compile(r"(?:\\xspace(?![a-zA-Z@])[ \t]*)+")
 NO_SPACE = frozenset("{}~.,:;?/')-!")
 IN_MATH = re.compile(r"(?:equation|align|eqnarray|gather|multline|displaymath|math|alignat|flalign|cases|array|[pbvBV]?matrix|aligned|split)\*?\}")
@@ -570,7 +571,7 @@ def in_formula(
     pos:int, # a place in it
 )->bool: # False where it is not sure
     "Whether a place is within a formula for sure"
-    part = text[max(0, pos - 2000):pos]
+    part = text[max(0, pos - 500):pos]
     part = part[part.rfind("\n\n") + 1:]
     begin, opened = part.rfind("\\begin{"), max(part.rfind("\\["), part.rfind("\\("))
     if opened > max(part.rfind("\\]"), part.rfind("\\)")) and part[opened - 1:opened] != "\\": formula = part[opened:]
@@ -587,7 +588,7 @@ def unwrapped(new):
         if end: new = joined(joined(new[:start], new[start + 12:end - 1]), new[end:])
     return new
 
-# %% ../../nbs/corpus/06_macros.ipynb #1d2f4a43
+# %% ../../nbs/corpus/06_macros.ipynb #4d4afdfd
 @patch
 def expand(self:Expander,
     text:str, # LaTeX
@@ -609,7 +610,7 @@ def expand(self:Expander,
         if new is None: bare = m.end(); continue
         if start > kept: out.append(text[kept:start])
         last = out[-1] if out else " "
-        if last[-1] not in UNTROUBLED or new[:1] == "[" or start == bare or text[end:end + 1].isalpha(): new = fitted(last[-60:], new, text, end, start == bare)
+        if last[-1] not in UNTROUBLED or new[:1] == "[" or start == bare or text[end:end + 1].isalpha(): new = fitted((last if len(last) > 60 else "".join(out[-4:]))[-60:], new, text, end, start == bare)
         if new: out.append(new)
         if not level: self.written.append(new); self.room -= len(new)
         kept = pos = end
