@@ -42,7 +42,7 @@ from ..settings import StudyError
 from ..storage import clear_abandoned, file_sha256, fingerprint, read_json, whole_file, whole_folder, write_json
 from ..workers import only_builder, pools_by, run_tasks
 
-# %% ../../nbs/corpus/12_pipeline.ipynb #383739a3
+# %% ../../nbs/corpus/12_pipeline.ipynb #9e0603ca
 @dataclass(frozen=True)
 class CorpusConfig:
     "What a corpus is made by."
@@ -60,12 +60,18 @@ class CorpusConfig:
     damaged_tar: str = "stop" # keep_readable: a bulk tar is read as far as it goes, and the manifest says so
     recipe: str = "flatten" # flatten, concatenate or released
     macros: str = "keep" # keep or expand
-    bibliography: str = "remove" # keep or remove, and so on
+    preamble: str = "remove" # keep or remove, and so on
+    comments: str = "remove"
+    bibliography: str = "remove"
     figures: str = "caption" # keep, caption or remove
-    tables: str = "keep"
+    graphics: str = "remove"
+    tikz: str = "remove"
+    tables: str = "keep" # keep, caption or remove
     labels: str = "remove"
     citations: str = "keep"
     references: str = "keep"
+    acknowledgements: str = "keep"
+    appendix: str = "keep"
     authors: str = "remove"
     layout: str = "remove"
     tex_accents: bool = False # \'e becomes a letter
@@ -104,10 +110,10 @@ def identity(config:CorpusConfig, inputs:dict)->str: # fingerprint
     "The name of what a corpus is made by and made from."
     return fingerprint(dict(config=replace(config, benchmarks=tuple(sorted(Path(p).name for p in config.benchmarks))), inputs=inputs))
 
-# %% ../../nbs/corpus/12_pipeline.ipynb #855d7c97
-_kept_or_not = {k: ("keep", "remove") for k in ("bibliography", "tables", "labels", "citations", "references", "authors", "layout")}
+# %% ../../nbs/corpus/12_pipeline.ipynb #1311b448
+_kept_or_not = {k: ("keep", "remove") for k in "preamble comments bibliography graphics tikz labels citations references acknowledgements appendix authors layout".split()}
 CHOICES = dict(match=("any", "primary"), short_abstract=("source_decides", "drop"), licence_policy=LICENCE_POLICIES, archive_policy=("lenient", "strict"), truncated=("drop", "keep"), benchmark_policy=("drop", "report"),
-               damaged_tar=("stop", "keep_readable"), recipe=("flatten", "concatenate", "released"), macros=("keep", "expand"), figures=("keep", "caption", "remove"), language_text=("prose", "raw"),
+               damaged_tar=("stop", "keep_readable"), recipe=("flatten", "concatenate", "released"), macros=("keep", "expand"), **dict.fromkeys(("figures", "tables"), ("keep", "caption", "remove")), language_text=("prose", "raw"),
                **_kept_or_not, **dict.fromkeys(("drop_withdrawn", "tex_accents", "tex_ligatures", "mask_personal"), (True, False)))
 
 def nearest(word, possible)->str: # such as ", did you mean flatten?"
@@ -210,7 +216,7 @@ class Clock(Counter):
         try: yield
         finally: self[name] += time.process_time() - start
 
-# %% ../../nbs/corpus/12_pipeline.ipynb #e9ece2d0
+# %% ../../nbs/corpus/12_pipeline.ipynb #e255dfbb
 def add_up(*accounts:dict)->dict:
     "Accounts added rule by rule."
     return dict(sorted(sum(map(Counter, accounts), Counter()).items()))
@@ -219,8 +225,6 @@ def to_text(row:Row, files:dict, config:CorpusConfig, clock:Clock)->tuple[Row,st
     "The latex and normalize stages: the row with its accounts, and the text; the row is dropped where there is none."
     with clock.stage("latex"): found = extract(files, rules_of(LatexRules, config))
     row = replace(row, main_file=found.main_file, tex_bytes=found.tex_bytes, removed=dict(found.removed), added=dict(found.added), repairs=add_up(row.repairs, found.repairs))
-    if found.reason == Reason.no_document_text and "\\end{document}" not in files[found.main_file]:
-        return dropped(row, Reason.empty_after_normalization), "", None # a document that never ends is not known to be empty: there is one, and nothing is left of it
     if found.reason is not None: return dropped(row, found.reason), "", None
     if config.recipe != "flatten": return replace(row, text_bytes=len(found.text.encode())), found.text, None # the other recipes are compared as they are
     held = []
@@ -572,7 +576,7 @@ def splits_of(index:pl.DataFrame, groups:dict, config:CorpusConfig)->tuple[dict,
         elif min(counts["val"], counts["test"]) < 2: warnings.append(f"domain {domain} has {counts['val']} papers in val and {counts['test']} in test, fewer than 2: take more papers, or smaller groups")
     return splits, warnings
 
-# %% ../../nbs/corpus/12_pipeline.ipynb #9cdd36b5
+# %% ../../nbs/corpus/12_pipeline.ipynb #63459a7f
 def write_ledger(out:Path, stretches:Iterator[pl.DataFrame], # in the order of the ids
                  rows_per_part:int=1<<17):
     "Write the ledger, so many rows a file."
@@ -584,7 +588,7 @@ def write_ledger(out:Path, stretches:Iterator[pl.DataFrame], # in the order of t
             waiting, part = waiting[rows_per_part:], part+1
     write_table(out/f"part-{part:03d}.parquet", waiting, rows_per_group=1<<16)
 
-def write_text(out:Path, index:pl.DataFrame, splits:dict, parts:Path, results:list[dict], part_bytes:int=128<<20):
+def write_text(out:Path, index:pl.DataFrame, splits:dict, parts:Path, results:list[dict], part_bytes:int=32<<20):
     "Write the kept texts in the order of the ids, `part_bytes` at a time, so that memory stays bounded."
     kept = index.filter(pl.col("fate") == "kept").select("id", "task", "text_bytes")
     kept = kept.with_columns(split=pl.col("id").replace_strict(splits, return_dtype=pl.String), part=(pl.col("text_bytes").cum_sum() - 1)//part_bytes)
@@ -728,7 +732,7 @@ def manifest_of(arxiv, config, variant, inputs, counts, times, results, n_worker
     return dict(format=1, variant=variant, fingerprint=identity(config, inputs), config=asdict(config), arxiv=str(arxiv), inputs=inputs, counts=counts,
                 **troubles_of(results), versions=versions(), workers=n_workers, wall_s=times, **costs_of(results))
 
-# %% ../../nbs/corpus/12_pipeline.ipynb #81933453
+# %% ../../nbs/corpus/12_pipeline.ipynb #8733d278
 def open_ledger(corpus_dir:Path # a corpus folder
                )->pl.DataFrame: # errors: StudyError where it is not one
     "The ledger of a corpus."
@@ -740,7 +744,7 @@ def open_text(corpus_dir:Path)->pl.LazyFrame: # errors: StudyError where it is n
 
 def _corpus_parts(corpus_dir:Path, kind:str)->list[Path]:
     "The part files of a corpus."
-    found = sorted((Path(corpus_dir)/kind).glob("part-*.parquet"))
+    found = sorted((Path(corpus_dir)/kind).glob("part-*.parquet"), key=lambda p: (len(p.name), p.name)) # part-1000 comes after part-999
     if not found: raise StudyError(f"{corpus_dir} is not a corpus folder, it has no {kind}/part-000.parquet; make one with: arxiv-study corpus --arxiv DIR --out {corpus_dir}")
     return found
 
