@@ -130,7 +130,10 @@ def figures_tar(path, n_papers=20, figure_bytes=5_000_000):
 
 def stages(payloads, sources, n_mb):
     texts = [e.text for e in (extract(s.files) for s in sources) if e.text]
-    clean = [normalize(t)[0] for t in texts]
+    clean = []
+    for t in texts:
+        held = []
+        clean.append((normalize(t, held=held)[0], held))
     with tempfile.TemporaryDirectory() as d:
         bulk = Path(d)/"src"/"arXiv_src_2301_001.tar"
         bulk.parent.mkdir()
@@ -140,7 +143,7 @@ def stages(payloads, sources, n_mb):
         raw_mb = bulk.stat().st_size/1e6
     table("archives that are mostly figures: every byte read and inflated", "MB/s of tar", raw_mb, seconds, "figures")
     table("stages, each by itself", "MB/s of TeX", n_mb, turns({"archives": lambda: every(read_source, payloads), "latex": lambda: [extract(s.files) for s in sources],
-          "normalize": lambda: every(normalize, texts), "quality": lambda: every(judge_text, clean)}), "latex")
+          "normalize": lambda: every(normalize, texts), "quality": lambda: [judge_text(t, held=held) for t, held in clean]}), "latex")
     return raw_mb/(seconds["figures"] + seconds["MD5 of the tar"])
 
 def whole(arxiv, n_mb, archive_mb_per_s):
