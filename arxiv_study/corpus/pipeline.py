@@ -576,17 +576,17 @@ def splits_of(index:pl.DataFrame, groups:dict, config:CorpusConfig)->tuple[dict,
         elif min(counts["val"], counts["test"]) < 2: warnings.append(f"domain {domain} has {counts['val']} papers in val and {counts['test']} in test, fewer than 2: take more papers, or smaller groups")
     return splits, warnings
 
-# %% ../../nbs/corpus/12_pipeline.ipynb #63459a7f
+# %% ../../nbs/corpus/12_pipeline.ipynb #998370e2
 def write_ledger(out:Path, stretches:Iterator[pl.DataFrame], # in the order of the ids
-                 rows_per_part:int=1<<17):
+                 rows_per_part:int=1<<15):
     "Write the ledger, so many rows a file."
     waiting, part = pl.DataFrame(schema=LEDGER_SCHEMA), 0
     for rows in stretches:
         waiting = pl.concat([waiting, rows])
         while len(waiting) > rows_per_part:
-            write_table(out/f"part-{part:03d}.parquet", waiting[:rows_per_part], rows_per_group=1<<16)
+            write_table(out/f"part-{part:03d}.parquet", waiting[:rows_per_part], rows_per_group=1<<15)
             waiting, part = waiting[rows_per_part:], part+1
-    write_table(out/f"part-{part:03d}.parquet", waiting, rows_per_group=1<<16)
+    write_table(out/f"part-{part:03d}.parquet", waiting, rows_per_group=1<<15)
 
 def write_text(out:Path, index:pl.DataFrame, splits:dict, parts:Path, results:list[dict], part_bytes:int=32<<20):
     "Write the kept texts in the order of the ids, `part_bytes` at a time, so that memory stays bounded."
