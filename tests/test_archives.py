@@ -128,6 +128,8 @@ def test_sparse_files_of_the_tar_program(tmp_path, how):
 def test_limits():
     many = packed(tar_of({f"{i}.tex": b"" for i in range(99)}))
     assert read_source(many, ArchiveRules(max_members=50)).reason == Reason.too_large
+    assert read_source(many, ArchiveRules(max_tex_files=98)).reason == Reason.too_large and read_source(many, ArchiveRules(max_tex_files=99)).reason == Reason.no_tex
+    assert read_source(tar_of({"a.tex": PAPER, "b.tex": PAPER}), ArchiveRules(max_tex_bytes=len(PAPER)+9)).reason == Reason.too_large
     assert read_source(packed(PAPER), ArchiveRules(max_tex_bytes=100)).reason == Reason.too_large
     assert read_source(packed(tar_of({"a.eps": bytes(9999), "main.tex": PAPER})), ArchiveRules(max_bytes=9000)).reason == Reason.too_large
     assert read_source(packed(tar_of({"p.zip": zip_of({"main.tex": PAPER})})), ArchiveRules(max_held_bytes=100)).reason == Reason.too_large
@@ -404,7 +406,7 @@ BOMBS = {
     "names of 1,000 characters": lambda: packed(b"".join(header("é"*500 + f"{i}.eps", 0) for i in range(19_000))), "sparse file of 8 GB": lambda: packed(header("main.tex", (8 << 30) - 1, b"S")),
     "16 MB of TeX": lambda: packed(tex(15 << 20)), "16 MB of TeX with an emoji": lambda: packed(tex(15 << 20) + "\\section{\U0001f600}".encode()), "16 MB of UTF-16": lambda: packed(tex(7 << 20).decode().encode("utf-16")),
     "16 MB of strays": lambda: packed(b"\\documentclass{article}\\begin{document}" + bytes(random.Random(0).choices(range(128, 256), k=15 << 20))), "16 MB of strays among UTF-8": lambda: packed(b"\\documentclass{article}\\begin{document}" + "é\U0001f600".encode()*(2 << 20) + b"\xe9"*(2 << 20)),
-    "one line of braces": lambda: packed(b"\\documentclass{article}\\begin{document}" + b"{"*(15 << 20)), "20,000 TeX files": lambda: packed(b"".join(header(f"{i}.tex", 512) + tex(400).ljust(512) for i in range(19_000)))}
+    "one line of braces": lambda: packed(b"\\documentclass{article}\\begin{document}" + b"{"*(15 << 20)), "4,000 TeX files": lambda: packed(b"".join(header(f"{i}.tex", 512) + tex(400).ljust(512) for i in range(4_000)))}
 LONG = {"a payload of 1 GB, TeX": (1 << 30, PAPER), "a payload of 5 GB, PDF": (5 << 30, b"%PDF-1.4\n"), "a payload of 5 GB, tar": (5 << 30, header("a.eps", (5 << 30) - 4096)), "a payload of 2 GB, zip": (2 << 30, zip_of({"main.tex": PAPER}))}
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is read from /proc, which Linux has")

@@ -23,7 +23,7 @@ from .ledger import Reason
 from ..settings import StudyError
 from ..storage import file_digest
 
-# %% ../../nbs/corpus/03_archives.ipynb #e4aa2fc3
+# %% ../../nbs/corpus/03_archives.ipynb #254467de
 @dataclass(frozen=True)
 class ArchiveRules:
     "What the archive stage does, and where the reading of one e-print stops."
@@ -35,6 +35,7 @@ class ArchiveRules:
     max_tex_bytes: int = 16<<20 # all TeX of a paper; a worker's memory grows with it. the longest book of the sample has 2.3 MB
     max_held_bytes: int = 32<<20 # of a payload, or of the archives inside of one, in memory; longer payloads are read from their file
     max_members: int = 20_000
+    max_tex_files: int = 4_000 # each may be the main file of the others, and is compared with them
     max_path: int = 1_024 # characters
 
 class _TooLarge(Exception): "The e-print passes a limit."
@@ -494,7 +495,7 @@ def accepts(self:_Find, name:str, kind:bytes=b"0")->str|None:
     if rule: self.repairs[rule] += 1
     return None if rule else self.folder + name
 
-# %% ../../nbs/corpus/03_archives.ipynb #58282818
+# %% ../../nbs/corpus/03_archives.ipynb #1ec78423
 @patch
 def take(self:_Find, name:str, read, # read(n) gives the next n bytes of the member, fewer at its end
          size:int|None=None # bytes announced, None where that is not known
@@ -513,7 +514,7 @@ def take(self:_Find, name:str, read, # read(n) gives the next n bytes of the mem
 def _keep(self:_Find, name, head, read, size):
     "Keep the bytes of a TeX file, up to where it breaks off."
     room = self.rules.max_tex_bytes - self.kept_bytes
-    if (size or 0) > room: raise _TooLarge
+    if (size or 0) > room or len(self.tex) >= self.rules.max_tex_files: raise _TooLarge
     data = head + read(max(0, room + 1 - len(head)))
     if len(data) > room: raise _TooLarge
     if name in self.tex: self.repairs["repeated_member"] += 1
