@@ -8,8 +8,9 @@ __all__ = ['GAP', 'LAST_WORD', 'UNDELIMITED', 'BODY', 'DECIDE', 'DEFINE', 'PROGR
            'GLOBAL', 'TARGET', 'TAKES_ONE', 'SECOND', 'COMMAND', 'SINGLE', 'UNTROUBLED', 'XSPACE', 'NO_SPACE',
            'IN_MATH', 'meets', 'joined', 'one_token', 'without_braces', 'delimiters', 'until', 'Parameter', 'read_all',
            'template', 'fill', 'Macro', 'quick_arguments', 'macro_of', 'decided', 'of_latex', 'pattern_of', 'of_tex',
-           'of_document', 'checked', 'definition', 'macro_scanner', 'Left', 'Expander', 'following', 'group_end',
-           'depth_of', 'is_atom', 'takes_token', 'fitted', 'with_space', 'in_formula', 'unwrapped', 'expand_macros']
+           'of_document', 'checked', 'definition', 'is_word', 'macro_scanner', 'Left', 'Expander', 'following',
+           'group_end', 'depth_of', 'is_atom', 'takes_token', 'fitted', 'with_space', 'in_formula', 'unwrapped',
+           'expand_macros']
 
 # %% ../../nbs/corpus/06_macros.ipynb #4fda56f4
 import re
@@ -271,22 +272,24 @@ def definition(
         body, end, params = PAIR % ((body, right[0]) * 3), right[1], (Parameter("star"), Parameter("nested"), Parameter())
     return checked(params, body), end
 
-# %% ../../nbs/corpus/06_macros.ipynb #c0297d8e
+# %% ../../nbs/corpus/06_macros.ipynb #5ea042dc
 WORDS = r"(?:re)?newcommand|providecommand|DeclareRobustCommand|[egx]?def|let|DeclareMathOperator|DeclarePairedDelimiter|(?:New|Renew|Provide|Declare)(?:Expandable)?DocumentCommand"
 ENVIRONMENT = (Parameter("star"), Parameter(), Parameter("optional"), Parameter("optional"), Parameter(), Parameter())
 
+def is_word(name): return name[-1].isalpha() or name[-1] == "@"
+
 @lru_cache(maxsize=8)
 def macro_scanner(
-    names:tuple, # of macros, sorted
+    names:tuple, # of macros, sorted; with no words among them, any control word is a stop
 )->re.Pattern:
     "Stops at the uses of macros, at definitions and at verbatim passages"
-    marks = "".join(re.escape(n) for n in names if not (n[-1].isalpha() or n[-1] == "@"))
-    words = [n for n in names if n[-1].isalpha() or n[-1] == "@"]
-    words = any_of(words) if len(words) <= 5000 else "[a-zA-Z@]+" # a pattern for more takes longer to build than it saves
-    return re.compile(rf"\\(?:(?:(?P<name>{words})(?![a-zA-Z@]){GAP.pattern}{f'|(?P<mark>[{marks}])' if marks else ''})|begin\s*\{{(?P<verbatim>{any_of(VERBATIM)})\}}"
-                      rf"|verb\*?(?P<delim>[^a-zA-Z*\s]).{{0,300}}?(?P=delim)|(?P<define>{WORDS})(?![a-zA-Z@])|(?P<environment>(?:re)?newenvironment|(?:New|Renew|Provide|Declare)DocumentEnvironment)(?![a-zA-Z@]))")
+    marks = "".join(re.escape(n) for n in names if not is_word(n))
+    words = any_of(words) if (words := [n for n in names if is_word(n)]) else "[a-zA-Z@]+"
+    return re.compile(rf"\\(?:(?P<define>{WORDS})(?![a-zA-Z@])|begin\s*\{{(?P<verbatim>{any_of(VERBATIM)})\}}|verb\*?(?P<delim>[^a-zA-Z*\s]).{{0,300}}?(?P=delim)"
+                      r"|(?P<environment>(?:re)?newenvironment|(?:New|Renew|Provide|Declare)DocumentEnvironment)(?![a-zA-Z@])"
+                      rf"|(?P<name>{words})(?![a-zA-Z@]){GAP.pattern}{f'|(?P<mark>[{marks}])' if marks else ''})")
 
-# %% ../../nbs/corpus/06_macros.ipynb #f880b03f
+# %% ../../nbs/corpus/06_macros.ipynb #d65f74b3
 class Left(Exception):
     "Why a use is left: program, arguments (not all there) or bound (it doesn't end, or grows too long)"
 
@@ -296,6 +299,7 @@ UNDEFINED = object()
 class Expander:
     "Expands the macros of one paper"
     names: frozenset # all that the paper defines anywhere
+    n_stops: int # control sequences in the paper
     room: int # characters that may be written
     repairs: Counter
     macros: dict = field(default_factory=dict) # name -> Macro, None where it is a program
@@ -304,8 +308,8 @@ class Expander:
 
     def __post_init__(self):
         self.work = 2 * self.room # characters that may be written and read on the way
-        self.scanner = macro_scanner(tuple(sorted(self.names)))
-        self.closed, self.ready, self.hopeless = {}, {}, {} # what is known of names until the next definition
+        self.scanner = macro_scanner(tuple(sorted(n for n in self.names if self.n_stops > 100 * len(self.names) or not is_word(n))))
+        self.whole, self.closed, self.ready, self.hopeless = {}, {}, {}, {} # what is known of names until the next definition
         self.scopes, self.handed, self.journal = [], [], [] # what definitions replaced: by group, to be handed on, all
         self.depth = self.cursor = 0 # groups open at a place
         self.looked, self.absent = False, set()
@@ -316,7 +320,12 @@ def assign(self:Expander, name, macro):
     self.journal.append((name, self.macros.get(name, UNDEFINED)))
     if macro is UNDEFINED: self.macros.pop(name, None)
     else: self.macros[name] = macro
-    self.closed.clear(); self.ready.clear(); self.hopeless.clear()
+    for known in (self.whole, self.closed, self.ready, self.hopeless): known.clear()
+
+@patch
+def uses(self:Expander, text):
+    "Where the walk would stop in a text"
+    return [m for m in self.scanner.finditer(text) if not m["name"] or m["name"] in self.macros] if "\\" in text else []
 
 @patch
 def undo(self:Expander, n, n_scopes):
@@ -352,7 +361,7 @@ def following(
     part = text[pos + skip:pos + skip + n]
     return part + following(more, max(0, pos + skip - len(text)), n - len(part)) if more and len(part) < n else part
 
-# %% ../../nbs/corpus/06_macros.ipynb #81dc82e0
+# %% ../../nbs/corpus/06_macros.ipynb #ecbae13c
 @patch
 def answered(self:Expander, macro, args):
     "The template of a body whose questions about its arguments are decided"
@@ -365,7 +374,7 @@ def answered(self:Expander, macro, args):
 @patch
 def prepared(self:Expander, name, macro, level):
     "(the template of a body with its macros expanded where none takes arguments, whether none is left)"
-    uses = self.scanner.finditer(macro.body)
+    uses = self.uses(macro.body)
     self.ready[name] = macro.template, False
     if not macro.params or not all((known := self.macros.get(m["name"])) and not known.params for m in uses): return self.ready[name]
     n, n_scopes = len(self.journal), len(self.scopes)
@@ -381,25 +390,26 @@ def recurs(self:Expander, name):
     seen, todo = set(), [name]
     while todo:
         macro = self.macros.get(todo.pop())
-        used = {m["name"] for m in self.scanner.finditer(macro.body)} if macro else set()
+        used = {m["name"] for m in self.uses(macro.body)} if macro else set()
         if name in used: return True
         todo += used - seen
         seen |= used
     return False
 
-# %% ../../nbs/corpus/06_macros.ipynb #71063173
+# %% ../../nbs/corpus/06_macros.ipynb #8264fb8c
 @patch
 def replacement(self:Expander, text, name, end, level, after):
     "(what a use becomes, where the use ends); raises Left"
     macro, args = self.macros[name], ()
     if macro is None: raise Left("program")
+    if name in self.whole: return self.whole[name], end
     if level > 60 or self.work < 0 or name in self.hopeless: raise Left(self.hopeless.get(name, "bound"))
     if macro.params: args, end = self.arguments(text, end, macro, after)
     parts, settled = (self.answered(macro, args), False) if macro.asks else self.ready.get(name) or self.prepared(name, macro, level)
     new = fill(parts, args)
     self.work -= len(new) + 20 * (level + 1)
     if len(new) > 20_000: raise Left("bound")
-    if not (settled and "\\" not in "".join(args)) and self.scanner.search(new): return self.again(new, name, text, end, level, after)
+    if not (settled and "\\" not in "".join(args)) and self.uses(new): return self.again(new, name, text, end, level, after)
     if not macro.params: self.remember(name, new)
     return new, end
 
@@ -418,7 +428,8 @@ def again(self:Expander, new, name, text, end, level, after):
 
 @patch
 def remember(self:Expander, name, new):
-    "What a name always becomes, unless that depends on where it stands"
+    "What a name always becomes; apart, what does not depend on where it stands"
+    self.whole[name] = new
     if "\\xspace" not in new and "\\ensuremath" not in new and "@" not in new: self.closed[name] = new
 
 # %% ../../nbs/corpus/06_macros.ipynb #8482eeb5
@@ -474,7 +485,7 @@ def take_over(self:Expander, text, end, scopes, level):
     if not level: self.depth += depth_of(text[self.cursor:end], self.in_body); self.cursor = end
     for name, old in handed: self.keep(text, end, name, old, scopes, level)
 
-# %% ../../nbs/corpus/06_macros.ipynb #7e727abc
+# %% ../../nbs/corpus/06_macros.ipynb #564b5532
 GLOBAL = re.compile(r"\\global\s*(?:\\long\s*|\\protected\s*)?\Z")
 
 @patch
@@ -500,7 +511,7 @@ def fixed(self:Expander, macro):
     if macro.params: return None
     try: body = self.expand(macro.body, 0, 1)[0]
     except Left: return None
-    return None if self.scanner.search(body) else macro_of((), body)
+    return None if self.uses(body) else macro_of((), body)
 
 # %% ../../nbs/corpus/06_macros.ipynb #d822dea4
 TARGET = re.compile(r"=?[ \t]?(?:\\(?P<word>[a-zA-Z@]+|[^a-zA-Z@\s])|(?P<char>[^\s\\{}$&#^_~%]))")
@@ -552,7 +563,7 @@ def fitted(left, new, text, end, bare):
     if meets(left, new): new = " " + new
     return new + " " if meets(new, right) else new
 
-# %% ../../nbs/corpus/06_macros.ipynb #7a81e4a8
+# %% ../../nbs/corpus/06_macros.ipynb #ad7c1cc9
 XSPACE = re.compile(r"(?:\\xspace(?![a-zA-Z@])[ \t]*)+")
 NO_SPACE = frozenset("{}~.,:;?/')-!")
 IN_MATH = re.compile(r"(?:equation|align|eqnarray|gather|multline|displaymath|math|alignat|flalign|cases|array|[pbvBV]?matrix|aligned|split)\*?\}")
@@ -580,6 +591,7 @@ def in_formula(
     else: formula = part[part.rfind("$"):]
     return "$" not in formula[1:] and "\\text" not in formula and "box{" not in formula
 
+@lru_cache(maxsize=1000)
 def unwrapped(new):
     r"A replacement within a formula, without its `\ensuremath`"
     for _ in range(new.count("\\ensuremath{") if "\\text" not in new and "box{" not in new else 0):
@@ -646,7 +658,7 @@ def use(self:Expander, text, name, m, level, after, scopes):
     if "\\ensuremath{" in new and in_formula(text, m.start()): new = unwrapped(new)
     return (with_space(new, text, end, end > m.end("name")) if "\\xspace" in new else new), end
 
-# %% ../../nbs/corpus/06_macros.ipynb #635240a1
+# %% ../../nbs/corpus/06_macros.ipynb #03e00965
 def expand_macros(
     text:str, # the joined document
     start:int, # where its body begins
@@ -656,7 +668,7 @@ def expand_macros(
     "Expand the macros that a paper defines, in its body"
     names = {m["name"] for t in (text, *styles) for m in DEFINE.finditer(t)} - STRUCTURE
     if not names: return text
-    e = Expander(frozenset(names), 4 * len(text) + 100_000, repairs)
+    e = Expander(frozenset(names), sum(t.count("\\") for t in (text, *styles)), 4 * len(text) + 100_000, repairs)
     for source in (*styles, text[:start]):
         e.expand(source)
         e.cursor = e.depth = 0
