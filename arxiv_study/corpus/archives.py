@@ -495,7 +495,7 @@ def accepts(self:_Find, name:str, kind:bytes=b"0")->str|None:
     if rule: self.repairs[rule] += 1
     return None if rule else self.folder + name
 
-# %% ../../nbs/corpus/03_archives.ipynb #1ec78423
+# %% ../../nbs/corpus/03_archives.ipynb #36f667fe
 @patch
 def take(self:_Find, name:str, read, # read(n) gives the next n bytes of the member, fewer at its end
          size:int|None=None # bytes announced, None where that is not known
@@ -522,6 +522,7 @@ def _keep(self:_Find, name, head, read, size):
     self.kept_bytes += len(data)
     if size is not None and len(data) < size: raise _Truncated
 
+# %% ../../nbs/corpus/03_archives.ipynb #fbc9abb4
 @patch
 def _set_aside(self:_Find, name, head, read, size):
     "Hold an archive until all is read: it is opened if the paper is nowhere else."
