@@ -7,12 +7,12 @@ __all__ = ['CHOICES', 'TEXT_SCHEMA', 'MOST_DEATHS', 'MIN_DOMAIN', 'READING', 'TE
            'contamination_rules', 'identity', 'nearest', 'check_config', 'corpus_config', 'Judged', 'judged',
            'lay_down_by_month', 'read_month', 'Paper', 'open_row', 'Clock', 'add_up', 'to_text', 'take_paper',
            'hits_in', 'Task', 'part_path', 'write_table', 'write_texts', 'take_safely', 'papers_of', 'peak_mb',
-           'do_task', 'eprint_sizes', 'set_aside', 'Deaths', 'read_groups', 'pools', 'assign_splits',
-           'write_metadata_only', 'read_index', 'as_row', 'text_parts', 'kept_papers', 'find_copies', 'read_hits',
-           'late_reasons', 'with_reasons', 'ledger_stretches', 'splits_of', 'write_ledger', 'write_text', 'inputs_of',
-           'corpus_folder', 'code_version', 'versions', 'working_folder', 'working_area', 'usable_cores', 'timed',
-           'largest_first', 'do_all', 'assemble', 'counts_of', 'costs_of', 'troubles_of', 'manifest_of', 'open_ledger',
-           'open_text', 'records_by_month', 'build_in', 'build_corpus']
+           'do_task', 'eprint_sizes', 'set_aside', 'Deaths', 'read_groups', 'pools', 'assign_splits', 'read_index',
+           'write_metadata_only', 'as_row', 'text_parts', 'kept_papers', 'find_copies', 'read_hits', 'late_reasons',
+           'with_reasons', 'ledger_stretches', 'splits_of', 'write_ledger', 'write_text', 'inputs_of', 'corpus_folder',
+           'code_version', 'versions', 'working_folder', 'working_area', 'usable_cores', 'timed', 'largest_first',
+           'do_all', 'assemble', 'counts_of', 'costs_of', 'troubles_of', 'manifest_of', 'open_ledger', 'open_text',
+           'records_by_month', 'build_in', 'build_corpus']
 
 # %% ../../nbs/corpus/12_pipeline.ipynb #5ef61c06
 import csv, hashlib, io, os, platform, re, resource, shutil, socket, sys, tarfile, time
@@ -334,13 +334,14 @@ def _note(hand, paper_id:str):
     hand.seek(0)
     hand.write(f"{paper_id}\n".encode())
 
-# %% ../../nbs/corpus/12_pipeline.ipynb #c26a2bee
+# %% ../../nbs/corpus/12_pipeline.ipynb #42aedd7f
 def peak_mb()->float:
     "Most memory this process has had resident, in megabytes."
     try: status = Path("/proc/self/status").read_text() # getrusage would begin with the memory of the process this one was forked from
     except OSError: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform == "darwin" else 1e3)
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])*1024/1e6
 
+# %% ../../nbs/corpus/12_pipeline.ipynb #25cc9e5e
 def _write_papers(task:Task, clock:Clock, seen:Counter, damage:list, part_bytes:int)->tuple[list[Row],list[dict],list,int]:
     "Write the texts of a task part by part; its rows, its failures, its hits and how many parts there are."
     rows, failures, hits, waiting, size, part = [], [], [], [], 0, 0
@@ -472,18 +473,7 @@ def assign_splits(domains:dict[str,str], # id -> domain, of all papers with a so
         splits.update(dict.fromkeys(test, "test") | dict.fromkeys(val, "val"))
     return splits
 
-# %% ../../nbs/corpus/12_pipeline.ipynb #4b997a0b
-def write_metadata_only(months:Path, # folder of records by month
-                        seen:pl.DataFrame, # id and month of the papers that have a source
-                        parts:Path, first_index:int, config:CorpusConfig)->int: # how many part files
-    "Rows for the papers that lie in no tar: dropped by their record, or for want of a source."
-    found = sorted(months.glob("*.jsonl"))
-    for index, path in enumerate(found, first_index):
-        with_source = set(seen.filter(pl.col("month") == path.stem)["id"])
-        rows = [dropped(open_row(j.id, j, 0, tuple(config.categories)), Reason(j.alone or "no_source")) for j in read_month(months, path.stem).values() if j.id not in with_source]
-        write_table(part_path(parts, index, "ledger"), rows_to_frame(rows))
-    return len(found)
-
+# %% ../../nbs/corpus/12_pipeline.ipynb #29fc0037
 _index_schema = pl.Schema({"id": pl.String, "domain": pl.Enum(DOMAINS), "fate": pl.Enum(["kept", "dropped"]), "reason": pl.Enum([r.value for r in Reason]), "tex_bytes": pl.Int64, "text_bytes": pl.Int64})
 
 _place_schema = {"task": pl.Int32, "month": pl.String, "within": pl.Int64} # within: how often the id was seen again in the same tar
@@ -499,6 +489,18 @@ def read_index(parts:Path, tasks)->pl.DataFrame: # the columns above, and `again
     index = pl.concat([pl.DataFrame(schema={**_index_schema, **_place_schema}), *(_index_part(parts, t) for t in tasks)])
     index = index.with_columns(again=(pl.col("within") + 1).sum().over("id") - 1 - pl.col("within"))
     return index.unique("id", keep="first", maintain_order=True).sort("id")
+
+# %% ../../nbs/corpus/12_pipeline.ipynb #cff95715
+def write_metadata_only(months:Path, # folder of records by month
+                        seen:pl.DataFrame, # id and month of the papers that have a source
+                        parts:Path, first_index:int, config:CorpusConfig)->int: # how many part files
+    "Rows for the papers that lie in no tar: dropped by their record, or for want of a source."
+    found = sorted(months.glob("*.jsonl"))
+    for index, path in enumerate(found, first_index):
+        with_source = set(seen.filter(pl.col("month") == path.stem)["id"])
+        rows = [dropped(open_row(j.id, j, 0, tuple(config.categories)), Reason(j.alone or "no_source")) for j in read_month(months, path.stem).values() if j.id not in with_source]
+        write_table(part_path(parts, index, "ledger"), rows_to_frame(rows))
+    return len(found)
 
 # %% ../../nbs/corpus/12_pipeline.ipynb #48fb5a50
 def as_row(record:dict)->Row: # a record of the ledger's table
@@ -748,7 +750,7 @@ def _corpus_parts(corpus_dir:Path, kind:str)->list[Path]:
     if not found: raise StudyError(f"{corpus_dir} is not a corpus folder, it has no {kind}/part-000.parquet; make one with: arxiv-study corpus --arxiv DIR --out {corpus_dir}")
     return found
 
-# %% ../../nbs/corpus/12_pipeline.ipynb #66764ac8
+# %% ../../nbs/corpus/12_pipeline.ipynb #59e33121
 def records_by_month(arxiv:Path, work:Path, config:CorpusConfig)->int: # how many records there are
     "The records, judged and laid down in the working area, unless they lie there."
     if not (work/"months").exists():
@@ -757,6 +759,7 @@ def records_by_month(arxiv:Path, work:Path, config:CorpusConfig)->int: # how man
             write_json(months/"records.json", n)
     return read_json(work/"months"/"records.json")
 
+# %% ../../nbs/corpus/12_pipeline.ipynb #61b51bf7
 def build_in(work:Path, arxiv:Path, config:CorpusConfig, n_workers:int, engine)->tuple[list[dict],dict,dict]: # what the tasks told, counts, wall seconds
     "Make ledger and text in the working area, or what is still missing of them."
     times, finished, groups = {}, work/"finished", read_groups(arxiv) # first, lest a table that cannot be read is found out after the work
@@ -767,12 +770,14 @@ def build_in(work:Path, arxiv:Path, config:CorpusConfig, n_workers:int, engine)-
     with timed(times, "assembly"): counts = assemble(finished, work, tasks, results, groups)
     return results, {"records": n_records, **counts}, times
 
+# %% ../../nbs/corpus/12_pipeline.ipynb #b3b839c8
 def _say_troubles(failures:list[dict], damaged_tars:list[str], set_aside:list[dict]):
     "Tell on stderr what the manifest lists."
     for sentence in damaged_tars: print(f"warning: {sentence}", file=sys.stderr)
     if failures: print(f"warning: {len(failures)} papers could not be processed, {failures[0]['id']} first ({failures[0]['error']}); manifest.json lists them under failures", file=sys.stderr)
     for tar in set_aside: print(f"warning: {tar['sources']} was set aside with {tar['n_papers']} papers: {tar['why']}", file=sys.stderr)
 
+# %% ../../nbs/corpus/12_pipeline.ipynb #1ad5dd61
 def build_corpus(arxiv:Path, # an arXiv folder
                  out:Path, # the corpus folder to be made
                  config:CorpusConfig=CorpusConfig(),
