@@ -236,6 +236,7 @@ def test_transformers_opens_what_is_written(home, tmp_path):
     from arxiv_study.tokens.exchange import write_fast_tokenizer
     tokenizer, texts = Tokenizer.load(home/"domain"), texts_of(home/"corpus")
     assert write_fast_tokenizer(tokenizer, tmp_path/"hf", texts) == []
+    (tmp_path/"hf"/"config.json").write_text(json.dumps(dict(model_type="llama", architectures=["LlamaForCausalLM"])))  # as an exported model has it
     peer = transformers.AutoTokenizer.from_pretrained(tmp_path/"hf")
     assert (peer.eos_token_id, peer.pad_token_id, len(peer)) == (tokenizer.end_id, tokenizer.pad_id, tokenizer.vocab_size)
     for text in texts[:9]:

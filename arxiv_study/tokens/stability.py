@@ -23,8 +23,8 @@ def boundaries(text:str, # what was tokenized
     cut[np.cumsum([0] + [len(p) for p in pieces])] = True
     return cut
 
-# %% ../../nbs/tokens/00_stability.ipynb #4ffa159e
-CONTROL_WORD = re.compile(rb"\\(?:([A-Za-z]+)|.)", re.DOTALL)
+# %% ../../nbs/tokens/00_stability.ipynb #4095c730
+CONTROL_WORD = re.compile(rb"\\(?:((?:begin|end)\{[A-Za-z]+\*?\}|[A-Za-z]+)|.)", re.DOTALL)
 NUMBER = re.compile(rb"[0-9]{2,}")
 
 def segmentation(cut:np.ndarray, # from `boundaries`
@@ -50,14 +50,14 @@ def consistency(cuts:dict # what -> Counter of segmentations
     n = sum(c.total() for c in counted)
     return sum(max(k for cut, k in c.items() if cut != INSIDE) for c in counted) / n if n else None
 
-# %% ../../nbs/tokens/00_stability.ipynb #cdf89a2a
+# %% ../../nbs/tokens/00_stability.ipynb #870389e4
 def with_false(words:dict # control word -> Counter of (length, segmentation)
               )->dict: # the same, with occurrences inside longer words added to the shorter
     "Count a piece that is a control word inside a longer one as an occurrence of the shorter."
     counted = defaultdict(Counter, {w: Counter(c) for w, c in words.items()})
     for word, cuts in words.items():
         for (length, cut), k in cuts.items():
-            if cut and cut[0] == 0 and len(cut) > 1 and cut[1] < length and (short := word[:cut[1]]) in words: counted[short][INSIDE] += k
+            if cut[:1] == (0,) and len(cut) > 1 and word[cut[1]:cut[1]+1].isalpha() and (short := word[:cut[1]]) in words: counted[short][INSIDE] += k
     return counted
 
 # %% ../../nbs/tokens/00_stability.ipynb #98fcf71d
