@@ -261,6 +261,25 @@ def test_comments_and_verbatim_agree_with_pylatexenc(text):
     assert bool(comments) == bool(reader.removed["comments"])
     assert reader.removed["comments"] >= sum(1 + len(c.encode()) for c in comments)
 
+def formulas_of(text):
+    "Formulas, as pylatexenc's parser sees them"
+    walker = pytest.importorskip("pylatexenc.latexwalker")
+    found = []
+    def visit(nodes):
+        for n in nodes or ():
+            if n is None: continue
+            if n.isNodeType(walker.LatexMathNode): found.append(n.latex_verbatim())
+            elif n.isNodeType(walker.LatexEnvironmentNode) and n.environmentname != "verbatim": found.append(n.latex_verbatim())
+            else: visit(getattr(n, "nodelist", None))
+    visit(walker.LatexWalker(text).get_latex_nodes()[0])
+    return found
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from(["some words ", r"costs \$5 ", r"a\\ ", "$a_1$", "$b \\$ c$ ", "$x$$y$", "$$ c \n d $$", "\\[ x \\] ", "\\( y \\)", r"\verb|$| ", "\\begin{align}a &= \\$\\end{align}\n", r"\textbf{bold} ",
+                                 "\\begin{verbatim}\n$ \\[\n\\end{verbatim}\n", "\n\n"]), max_size=25).map("".join))
+def test_formulas_agree_with_pylatexenc(text):
+    assert [h for h in split_formulas(text)[1] if not h.startswith(("\\verb", "\\begin{verbatim}"))] == formulas_of(text)
+
 def test_reasons():
     assert extract({"a.tex": "no class"}).reason == Reason.no_main_file
     assert extract({}).reason == Reason.no_main_file

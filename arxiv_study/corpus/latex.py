@@ -48,7 +48,7 @@ def scanner(
     return re.compile(SCAN.format(stops=STOPS, verbatim=any_of(VERBATIM + verbatim), hidden=any_of(("comment",) + hidden), switches=any_of(("false", "true") + switches),
                                   inline_verbatim=INLINE_VERBATIM), re.X)
 
-# %% ../../nbs/corpus/07_latex.ipynb #bab028b3
+# %% ../../nbs/corpus/07_latex.ipynb #d8968ef6
 DECLARATIONS = any_of("lstnewenvironment DefineVerbatimEnvironment newminted RecustomVerbatimEnvironment excludecomment excludeversion newcomment NewEnviron "
                       "newenvironment renewenvironment includecomment includeversion newif let".split())
 DECLARES = re.compile(rf"\\(?={DECLARATIONS}" + r"""(?![a-zA-Z]))(?:(?:lstnewenvironment|DefineVerbatimEnvironment|newminted|RecustomVerbatimEnvironment)\s*(?:\[[^\]\n]*\])?\s*\{(?P<verbatim>[A-Za-z*]+)\}
@@ -61,11 +61,13 @@ INCLUDE_ONLY = re.compile(r"\\includeonly\s*\{([^{}]*)\}")
 
 def declared(
     files:dict, # member path -> text
+    main:str="", # the main file
+    begins:int=-1, # where its preamble ends, -1 where it has none
 )->tuple: # (verbatim environments, hidden ones, whether there may be switches)
     "What the files of a paper declare that changes how it is read; the last word counts"
     verbatim, hidden, any_switch = set(), set(), False
-    for text in files.values():
-        for m in DECLARES.finditer(text):
+    for path, text in files.items():
+        for m in DECLARES.finditer(text, 0, begins if path == main and begins >= 0 else len(text)):
             name = m[m.lastgroup]
             if m.lastgroup == "switch": any_switch = True
             elif m.lastgroup == "verbatim": verbatim.add(name)
@@ -92,7 +94,7 @@ def comment_span(
     joins = text[after:after + 1].isalnum() and not CONTROL_WORD.search(text, max(0, i - 50), i)
     return i, after if joins else end
 
-# %% ../../nbs/corpus/07_latex.ipynb #8dabe284
+# %% ../../nbs/corpus/07_latex.ipynb #05a53796
 @dataclass
 class Open:
     "A file being read"
@@ -117,10 +119,10 @@ class Reader:
     def __post_init__(self):
         self.pieces, self.stack, self.seen, self.ended, self.failures = [], [], set(), False, 0
         self.budget = 4 * sum(map(len, self.files.values())) + 100_000
-        verbatim, hidden, any_switch = declared(self.files)
+        self.begins = self.files[self.main].find("\\begin{document}") # an \\end before it is part of a definition
+        verbatim, hidden, any_switch = declared(self.files, self.main, self.begins)
         self.values = switches(self.files, self.main) if any_switch else {}
         self.scanner = scanner(verbatim, hidden, tuple(self.values))
-        self.begins = self.files[self.main].find("\\begin{document}") # an \\end before it is part of a definition
         only = live(INCLUDE_ONLY, self.files[self.main][:max(0, self.begins)])
         self.only = {x.strip() for x in only[1].split(",") if x.strip()} if only else None
 

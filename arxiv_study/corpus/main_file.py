@@ -10,11 +10,11 @@ __all__ = ['CLASS', 'BEGIN_DOCUMENT', 'PLAIN', 'INCLUDES', 'in_comment', 'live',
 import re
 from posixpath import basename, dirname, join, normpath
 
-# %% ../../nbs/corpus/05_main_file.ipynb #7400e011
+# %% ../../nbs/corpus/05_main_file.ipynb #6dcc7241
 CLASS = re.compile(r"\\document(?:class|style)\s*[\[{][^\]}]{0,200}\]?(?:\{[^}\n]{0,100})?")
 BEGIN_DOCUMENT = re.compile(r"\\begin\s*\{document\}")
 PLAIN = re.compile(r"\\(?:bye\b|end[ \t]*$|magnification\b|input\s+(?:amstex|harvmac|phyzzx|eplain))", re.M)
-INCLUDES = re.compile(r"\\(?:input|include|subfile|InputIfFileExists|(?:sub)?import\*?\s*\{([^{}\n]*)\})\s*(?:\{([^{}\n]*)\}|\s([^\s{}\\%]+))")
+INCLUDES = re.compile(r"\\(?:input|include|subfile(?:include)?|InputIfFileExists|(?:(?:sub)?import|(?:sub)?(?:input|include)from)\*?\s*\{([^{}\n]*)\})\s*(?:\{([^{}\n]*)\}|\s([^\s{}\\%]+))")
 
 def in_comment(
     text:str, # LaTeX
