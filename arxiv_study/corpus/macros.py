@@ -600,7 +600,7 @@ def unwrapped(new):
         if end: new = joined(joined(new[:start], new[start + 12:end - 1]), new[end:])
     return new
 
-# %% ../../nbs/corpus/06_macros.ipynb #4d4afdfd
+# %% ../../nbs/corpus/06_macros.ipynb #c100d027
 @patch
 def expand(self:Expander,
     text:str, # LaTeX
@@ -622,7 +622,8 @@ def expand(self:Expander,
         if new is None: bare = m.end(); continue
         if start > kept: out.append(text[kept:start])
         last = out[-1] if out else " "
-        if last[-1] not in UNTROUBLED or new[:1] == "[" or start == bare or text[end:end + 1].isalpha(): new = fitted((last if len(last) > 60 else "".join(out[-4:]))[-60:], new, text, end, start == bare)
+        if last[-1] not in UNTROUBLED or new[:1] == "[" or start == bare or text[end:end + 1].isalpha():
+            new = fitted((last if len(last) > 60 else "".join(out[-4:]))[-60:], new, text, end, start == bare)
         if new: out.append(new)
         if not level: self.written.append(new); self.room -= len(new)
         kept = pos = end
