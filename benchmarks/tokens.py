@@ -1,23 +1,14 @@
 """The token room: `python -m benchmarks.tokens [ARXIV]`, an arXiv folder, else a miniature of 400 papers."""
 import sys, tempfile
 from pathlib import Path
-import numpy as np, sentencepiece
+import numpy as np
 from arxiv_study.corpus.miniature import write_miniature
-from arxiv_study.corpus.pipeline import CorpusConfig, build_corpus, open_text
+from arxiv_study.corpus.pipeline import CorpusConfig, build_corpus
 from arxiv_study.tokens.batches import BatchConfig, Batches
 from arxiv_study.tokens.pack import pack
-from arxiv_study.tokens.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from arxiv_study.tokens.tokenizer import TokenizerConfig, train_tokenizer
 from .interleaved import medians, table
-
-def encoding(folder, corpus):
-    import polars as pl
-    texts = open_text(corpus).select("text").lazy().collect()["text"].to_list()[:100]
-    n_mb = sum(len(t.encode()) for t in texts)/1e6
-    tokenizer, bare = Tokenizer.load(folder), sentencepiece.SentencePieceProcessor(model_file=str(folder/"tokenizer.model"))
-    contestants = {"sentencepiece alone, without our symbols, one thread": lambda: [bare.encode(t) for t in texts],
-                   "Tokenizer.encode": lambda: [tokenizer.encode(t) for t in texts],
-                   "Tokenizer.encode_many, two threads": lambda: tokenizer.encode_many(texts)}
-    table(f"encoding: {len(texts)} papers, {n_mb:.1f} MB", "MB/s", n_mb, medians(contestants, 3), "sentencepiece alone, without our symbols, one thread")
+from .tokenizing import tokenizing
 
 def serving(shards):
     config = BatchConfig(context=1024, rows=8, prefetch=False)
@@ -38,7 +29,7 @@ def main(arxiv=None):
         if arxiv is None: arxiv = d/"arxiv"; write_miniature(arxiv, 400)
         corpus = build_corpus(Path(arxiv), d/"corpus", CorpusConfig())
         tokenizer = train_tokenizer(corpus, d/"tokenizer", TokenizerConfig(vocab_size=4096))
-        encoding(tokenizer, corpus)
+        tokenizing(corpus, tokenizer)
         serving(pack(corpus, tokenizer, d/"shards"))
 
 if __name__ == "__main__": main(*map(Path, sys.argv[1:2]))

@@ -4,16 +4,14 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, polars as pl, pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
 from arxiv_study.settings import StudyError
 from arxiv_study.tokens.batches import IGNORED, Batches, BatchConfig
 from arxiv_study.tokens.order import shuffled
 from arxiv_study.tokens.indexed import Shard, shard_writer, token_dtype
 from arxiv_study.tokens.pack import pack
-from arxiv_study.tokens.tokenizer import ESCAPE, Tokenizer, TokenizerConfig, train_tokenizer
+from arxiv_study.tokens.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 WORDS = r"the of let a space map proof then holds every $\alpha$ $\beta_1$ $x\in\inner{y}$ \[ \int_0^1 f\,dx \] \\ 1729 42".split(" ")
-REAL = Path(__file__).parents[1].parent/"shared"/"arxiv"
 
 
 def write_corpus(folder, n=90, domains=("math", "cs", "physics"), seed=0):
@@ -40,78 +38,6 @@ def home(tmp_path_factory):
 @pytest.fixture()
 def tokens(home, tmp_path): # a copy to damage
     return Path(shutil.copytree(home/"tokens", tmp_path/"tokens"))
-
-
-# ---- tokenizer
-
-NASTY = st.sampled_from(["\\", "\n", "\n\n", "\r\n", "\t", " ", "  ", "\u2581", ESCAPE, "\U000F0000", "\U000F0007", "\U000FFFFD", "\x00", "<0x0A>", "<end>", "<unk>",
-                         r"\alpha", r"\in", r"\inner", r"\\in", r"\begin{proof}", r"\end{proof", "123", "\ufeff", "\ufffd", "e\u0301", "\U0010FFFF", "0010fffd"])
-TEXT = st.lists(st.one_of(NASTY, st.text(st.characters(exclude_categories=["Cs"]), max_size=8)), max_size=12).map("".join)
-
-@pytest.mark.parametrize("kind", ["domain", "plain", "unigram", "bytes"])
-def test_round_trip_of_any_text(home, kind):
-    tokenizer = Tokenizer.load(home/kind)
-    @settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(TEXT)
-    def check(text):
-        ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text
-        assert not len(ids) or 0 <= ids.min() <= ids.max() < tokenizer.vocab_size
-        assert tokenizer.end_id not in ids and tokenizer.pad_id not in ids
-    check()
-
-
-def test_a_control_sequence_fires_only_whole(home):
-    tokenizer = Tokenizer.load(home/"domain")
-    assert {r"\in", r"\inner", r"\alpha", r"\\"} <= set(tokenizer.codec.symbols)
-    known = Tokenizer(tokenizer.config, [r"\unused" if s == r"\inner" else s for s in tokenizer.codec.symbols], tokenizer.model)
-    for text in r"\inner", r"\int\index", r"\\in", r"x\inner{y}": assert r"\in" not in known.pieces(text), text
-    for text in r"\in", r"x\in y", r"\in\in", r"\\\in", r"\in1", r"\in_2", "\\in\n": assert r"\in" in known.pieces(text), text
-
-
-@pytest.mark.parametrize("kind", ["domain", "plain", "unigram"])
-def test_units_change_no_token_where_sentencepiece_has_no_choice(home, kind):
-    "Cutting before a space is what SentencePiece does itself: no piece holds a space after another character."
-    tokenizer = Tokenizer.load(home/kind)
-    @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(st.lists(st.sampled_from([w for w in " ".join(WORDS).split(" ") if "\\" not in w] + [" ", "  ", "", "$x_1$"]), max_size=30).map(" ".join))
-    def check(text): assert tokenizer.encode(text).tolist() == tokenizer.processor.encode(text, out_type=int)
-    check()
-
-
-def test_forgetting_units_changes_nothing(home, monkeypatch):
-    from arxiv_study.tokens import tokenizer as module
-    texts = pl.read_parquet(home/"corpus"/"text"/"part-000.parquet")["text"].to_list()
-    tokenizer = Tokenizer.load(home/"domain")
-    ids = tokenizer.encode_many(texts)
-    monkeypatch.setattr(module, "REMEMBERED", 3)
-    assert all(np.array_equal(a, tokenizer.encode(t)) for a, t in zip(ids, texts))
-
-
-def test_a_control_sequence_is_cut_alike_everywhere(home):
-    tokenizer = Tokenizer.load(home/"domain")
-    alone = tokenizer.encode(r"\unheardof").tolist()
-    for before in "", "x", "(", " ", "\n", r"\alpha", r"\\":
-        for after in "", "(", " ", "1", "\n", r"\in":
-            around = [tokenizer.encode(t).tolist() for t in (before, after)]
-            assert tokenizer.encode(rf"{before}\unheardof{after}").tolist() == around[0] + alone + around[1]
-
-
-def test_digits_stand_alone_only_where_asked(home):
-    assert Tokenizer.load(home/"domain").pieces("1729") == ["1", "7", "2", "9"]
-    assert len(Tokenizer.load(home/"plain").pieces("1729")) < 4
-
-
-def test_training_is_deterministic_and_says_what_the_text_supports(home, tmp_path):
-    again = train_tokenizer(home/"corpus", tmp_path/"again", TokenizerConfig(vocab_size=350))
-    for file in again.iterdir(): assert file.read_bytes() == (home/"domain"/file.name).read_bytes()
-    for kind in "bpe", "unigram":
-        with pytest.raises(StudyError, match=r"supports a vocabulary of at most (\d+)") as e:
-            train_tokenizer(home/"corpus", tmp_path/"large", TokenizerConfig(kind=kind, vocab_size=50_000))
-        largest = int(str(e.value).split("at most ")[1].split()[0])
-        out = train_tokenizer(home/"corpus", tmp_path/kind, TokenizerConfig(kind=kind, vocab_size=largest, latex_symbols=True))
-        assert Tokenizer.load(out).vocab_size == largest
-    assert not (tmp_path/"large").exists()
 
 
 # ---- shards
@@ -414,30 +340,3 @@ def test_an_empty_domain_and_an_empty_split(home, tmp_path):
 def test_a_corpus_that_is_not_there(home, tmp_path):
     with pytest.raises(StudyError, match="build the corpus first"): pack(tmp_path, home/"domain", tmp_path/"p")
     with pytest.raises(StudyError, match="config.json does not exist"): Tokenizer.load(tmp_path)
-
-
-# ---- real papers
-
-def test_round_trip_of_real_sources(home):
-    if not REAL.is_dir(): pytest.skip(f"no real sources at {REAL}")
-    import gzip, tarfile, io
-    tokenizer, n = Tokenizer.load(home/"domain"), 0
-    for tar in sorted(REAL.glob("src/*.tar"))[:2]:
-        for member in (bulk := tarfile.open(tar)):
-            if not member.name.endswith(".gz") or n > 3_000_000: continue
-            try: text = gzip.decompress(bulk.extractfile(member).read()).decode("latin-1")[:200_000]
-            except (EOFError, OSError): continue
-            assert tokenizer.decode(tokenizer.encode(text)) == text
-            n += len(text)
-    assert n
-
-
-@pytest.mark.peer
-def test_the_fast_tokenizer_has_equal_ids(home):
-    pytest.importorskip("tokenizers", reason="the package tokenizers is not installed (extra export)")
-    from arxiv_study.tokens.exchange import differing, fast_tokenizer
-    texts = pl.read_parquet(home/"corpus"/"text"/"part-000.parquet")["text"].to_list()
-    texts += ["", " ", "  a \u2581\U0010FFFD \u00e9\n\n\n", r"\\in\unheardof\ x\{\}", "\\", "\x00\t\r\n", "\u4e2d\u6587 \U0001F40C"]
-    for kind in "domain", "plain":
-        tokenizer = Tokenizer.load(home/kind)
-        assert differing(tokenizer, fast_tokenizer(tokenizer), texts) == []
