@@ -100,7 +100,7 @@ def test_time_is_linear_in_a_wall(wall, end):
     assert long < 0.5 or long < 48 * short, (short, long)
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wall", ["{", "$", r"\begin{a}", "\\", "x", "%", r"\input{", r"\caption{", r"\iffalse ", r"\verb|", "[", r"\\"])
+@pytest.mark.parametrize("wall", ["{", "$", r"\begin{a}", "\\", "x", "word ", "%", r"\input{", r"\caption{", r"\iffalse ", r"\verb|", "[", r"\\"])
 def test_ten_megabytes_of_one_thing(wall):
     assert through(wall, ENDS[1], 10_000_000, LatexRules()) < 60
 

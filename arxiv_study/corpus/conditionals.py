@@ -85,7 +85,7 @@ def hidden(
     spans = [(c.start, c.opened), (a, end)] if c.value else [(c.start, b), (start, end)] if c.otherwise else [(c.start, end)]
     return [(*span, c.rule) for span in spans]
 
-# %% ../../nbs/corpus/07_conditionals.ipynb #51644ae8
+# %% ../../nbs/corpus/07_conditionals.ipynb #20ba6ec2
 TEX_DECIDES = {"false": False, "true": True}
 
 def value_of(m, values, after):
@@ -96,6 +96,7 @@ def value_of(m, values, after):
     if name in values: return values[name], "conditionals"
     return None, "" if m["open"] not in PRIMITIVES and after == "{" else "conditionals"
 
+# %% ../../nbs/corpus/07_conditionals.ipynb #4776c130
 def hidden_spans(
     text:str, # a file
     start:int, # where to begin

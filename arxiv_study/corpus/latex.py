@@ -94,7 +94,7 @@ def comment_span(
     joins = text[after:after + 1].isalnum() and not CONTROL_WORD.search(text, max(0, i - 50), i)
     return i, after if joins else end
 
-# %% ../../nbs/corpus/07_latex.ipynb #05a53796
+# %% ../../nbs/corpus/07_latex.ipynb #c3465557
 @dataclass
 class Open:
     "A file being read"
@@ -105,6 +105,7 @@ class Open:
 
     def __post_init__(self): self.ahead, self.ascii, self.later = Ahead(self.text), self.text.isascii(), [] # later: a heap of cuts, made when the walk comes there
 
+# %% ../../nbs/corpus/07_latex.ipynb #b365e088
 @dataclass
 class Reader:
     "Reads a document through its inputs; what it leaves out is counted by rule"
@@ -156,7 +157,7 @@ def body_start(self:Reader, f):
     if not self.stack or not live(CLASS, f.text) or not (m := live(BEGIN_DOCUMENT, f.text)): return 0
     return self.cut(f, 0, m.end(), "preamble")
 
-# %% ../../nbs/corpus/07_latex.ipynb #323fd00e
+# %% ../../nbs/corpus/07_latex.ipynb #391d6305
 @patch
 def walk(self:Reader,
     f:Open, # a file
@@ -181,6 +182,7 @@ def walk(self:Reader,
             m = search(text, pos)
             at = m.start() if m else size
 
+# %% ../../nbs/corpus/07_latex.ipynb #7984a6d5
 @patch
 def at_match(self:Reader, f, m):
     "Do what the scanner's match asks for; answers where to go on"
@@ -259,7 +261,7 @@ def at_bye(self:Reader, f, m):
     self.ended = True
     return self.cut(f, m.start(), len(f.text), "after_end")
 
-# %% ../../nbs/corpus/07_latex.ipynb #2a5a4f4d
+# %% ../../nbs/corpus/07_latex.ipynb #6df20a8d
 ARGUMENT = re.compile(r"\s*\{([^{}\n]*)\}")
 NAME = re.compile(r"[ \t]*\n?[ \t]*(\"[^\"\n]{1,300}\"|(?:\\jobname)?[^\s{}\\%]+)[ \t]?")
 
@@ -275,6 +277,7 @@ def target(self:Reader,
           "input_refused" if self.budget < len(self.files[path]) or len(self.stack) > 50 else ""
     return path, why
 
+# %% ../../nbs/corpus/07_latex.ipynb #ba2da0aa
 @patch
 def at_input(self:Reader, f, m):
     "The file takes the place of the command; a cycle is cut"
@@ -333,7 +336,7 @@ def at_bbl(self:Reader, f, m):
     if not self.keep_bbl or "thebibliography" not in self.files.get(bbl, "") or bbl in self.seen: return end # biblatex writes data, not text
     return self.cut(f, m.start(), end, "input_commands", bbl)
 
-# %% ../../nbs/corpus/07_latex.ipynb #76626f06
+# %% ../../nbs/corpus/07_latex.ipynb #4a3d81c6
 @dataclass(frozen=True)
 class LatexRules:
     "What the latex stage leaves in: `keep` or `remove`, where nothing else is said"
@@ -354,6 +357,7 @@ class LatexRules:
     authors: str = "remove"
     layout: str = "remove" # \maketitle, \tableofcontents, \newpage ...
 
+# %% ../../nbs/corpus/07_latex.ipynb #759f7524
 @dataclass(frozen=True)
 class Extraction:
     "A document's text, and what became of the bytes that are not in it"
@@ -365,7 +369,7 @@ class Extraction:
     repairs: dict
     reason: Reason|None = None
 
-# %% ../../nbs/corpus/07_latex.ipynb #eb02f420
+# %% ../../nbs/corpus/07_latex.ipynb #e5dc3ac0
 DRAWS = re.compile(r"\\(?:includegraphics|begin\s*\{(?:tikzpicture|picture|pspicture|pgfpicture|asy)\}|epsf|psfig|tikz(?![a-z]))")
 ENVIRONMENTS = {"figures": ("figure", "figure*", "wrapfigure", "SCfigure", "sidewaysfigure", "teaserfigure", "floatingfigure"),
     "tables": ("table", "table*", "wraptable", "sidewaystable"),
@@ -390,6 +394,8 @@ COMMANDS = { # rule -> commands, by the arguments they take
     "layout": {"none": "maketitle tableofcontents listoffigures listoftables newpage clearpage cleardoublepage pagebreak frontmatter mainmatter "
                        "backmatter printindex noindent centering bigskip medskip smallskip",
                "one": "vspace thispagestyle pagestyle pagenumbering", "two": "setcounter setlength"}}
+
+# %% ../../nbs/corpus/07_latex.ipynb #7ff44454
 LEVELS = ("part", "chapter", "section", "subsection", "subsubsection", "paragraph", "subparagraph")
 THANKS = rf"(?P<level>{any_of(LEVELS)})\*?\s*\{{\s*[Aa]cknowledge?ments?[^{{}}]{{0,60}}\}}"
 
