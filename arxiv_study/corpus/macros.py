@@ -600,7 +600,36 @@ def unwrapped(new):
         if end: new = joined(joined(new[:start], new[start + 12:end - 1]), new[end:])
     return new
 
-# %% ../../nbs/corpus/06_macros.ipynb #c100d027
+# %% ../../nbs/corpus/06_macros.ipynb #591f6ae1
+@patch
+def pass_over(self:Expander, text, m, scopes, level):
+    "Step over a verbatim passage or the definition of an environment, take note of a macro's; answers where to go on"
+    if m["verbatim"]: return past(text, m.end(), "\\end{%s}" % m["verbatim"], set() if level else self.absent) or m.end()
+    if m["define"]: return self.define(text, m.start(), scopes, level)
+    found = read_all(ENVIRONMENT, text, m.end()) if m["environment"] and self.work > 0 else (None, m.end())
+    if not found: self.work -= min(20_000, len(text) - m.end())
+    return found[1] if found else m.end()
+
+# %% ../../nbs/corpus/06_macros.ipynb #c36832ea
+@patch
+def use(self:Expander, text, name, m, level, after, scopes):
+    "(what takes the place of a use, where the use ends), (None, 0) where it is left"
+    n, n_scopes = len(self.journal), len(self.scopes)
+    try:
+        new, end = self.replacement(text, name, m.end(), level, after)
+        if self.handed: self.take_over(text, min(end, len(text)), scopes, level)
+        if level or not self.in_body: return new, end
+        if "@" in new and re.search(r"\\[a-zA-Z]*@", new): raise Left("program") # the inside of a program
+        if self.room < len(new): raise Left("bound")
+    except Left as why:
+        if level and str(why) != "program": raise
+        self.undo(n, n_scopes)
+        if not level and self.in_body: self.repairs["macros_left"] += 1; self.repairs[f"macros_left_{why}"] += 1
+        return None, 0
+    if "\\ensuremath{" in new and in_formula(text, m.start()): new = unwrapped(new)
+    return (with_space(new, text, end, end > m.end("name")) if "\\xspace" in new else new), end
+
+# %% ../../nbs/corpus/06_macros.ipynb #0ea38910
 @patch
 def expand(self:Expander,
     text:str, # LaTeX
@@ -631,33 +660,6 @@ def expand(self:Expander,
     for _, name, old in reversed(scopes): self.assign(name, old)
     out.append(text[kept:])
     return "".join(out), max(0, kept - len(text))
-
-@patch
-def pass_over(self:Expander, text, m, scopes, level):
-    "Step over a verbatim passage or the definition of an environment, take note of a macro's; answers where to go on"
-    if m["verbatim"]: return past(text, m.end(), "\\end{%s}" % m["verbatim"], set() if level else self.absent) or m.end()
-    if m["define"]: return self.define(text, m.start(), scopes, level)
-    found = read_all(ENVIRONMENT, text, m.end()) if m["environment"] and self.work > 0 else (None, m.end())
-    if not found: self.work -= min(20_000, len(text) - m.end())
-    return found[1] if found else m.end()
-
-@patch
-def use(self:Expander, text, name, m, level, after, scopes):
-    "(what takes the place of a use, where the use ends), (None, 0) where it is left"
-    n, n_scopes = len(self.journal), len(self.scopes)
-    try:
-        new, end = self.replacement(text, name, m.end(), level, after)
-        if self.handed: self.take_over(text, min(end, len(text)), scopes, level)
-        if level or not self.in_body: return new, end
-        if "@" in new and re.search(r"\\[a-zA-Z]*@", new): raise Left("program") # the inside of a program
-        if self.room < len(new): raise Left("bound")
-    except Left as why:
-        if level and str(why) != "program": raise
-        self.undo(n, n_scopes)
-        if not level and self.in_body: self.repairs["macros_left"] += 1; self.repairs[f"macros_left_{why}"] += 1
-        return None, 0
-    if "\\ensuremath{" in new and in_formula(text, m.start()): new = unwrapped(new)
-    return (with_space(new, text, end, end > m.end("name")) if "\\xspace" in new else new), end
 
 # %% ../../nbs/corpus/06_macros.ipynb #03e00965
 def expand_macros(
