@@ -289,7 +289,7 @@ def macro_scanner(
                       r"|(?P<environment>(?:re)?newenvironment|(?:New|Renew|Provide|Declare)DocumentEnvironment)(?![a-zA-Z@])"
                       rf"|(?P<name>{words})(?![a-zA-Z@]){GAP.pattern}{f'|(?P<mark>[{marks}])' if marks else ''})")
 
-# %% ../../nbs/corpus/06_macros.ipynb #d65f74b3
+# %% ../../nbs/corpus/06_macros.ipynb #5a56eebc
 class Left(Exception):
     "Why a use is left: program, arguments (not all there) or bound (it doesn't end, or grows too long)"
 
@@ -314,6 +314,7 @@ class Expander:
         self.depth = self.cursor = 0 # groups open at a place
         self.looked, self.absent = False, set()
 
+# %% ../../nbs/corpus/06_macros.ipynb #bf0c78cb
 @patch
 def assign(self:Expander, name, macro):
     "Let a name mean something else"
