@@ -5,9 +5,9 @@ r"""Train SentencePiece on LaTeX so that `\in` is never found inside `\inner`, a
 # %% auto #0
 __all__ = ['NOT_LETTER', 'FIRST', 'ESCAPE', 'KINDS', 'SAMPLES', 'LARGEST', 'PAPER_BYTES', 'CORE', 'BREAKS', 'SPECIAL',
            'REMEMBERED', 'unit_pattern', 'blocks', 'as_text', 'SymbolCodec', 'mix64', 'order_keys', 'seed_order',
-           'TokenizerConfig', 'scan_papers', 'domain_quotas', 'head_lines', 'candidates', 'training_sample',
-           'prose_alone', 'mine_symbols', 'sentences', 'fit_model', 'Tokenizer', 'encoders', 'unescaped', 'learn',
-           'save_tokenizer', 'train_tokenizer']
+           'TokenizerConfig', 'scan_papers', 'domain_quotas', 'head_lines', 'paper_limit', 'candidates',
+           'training_sample', 'prose_alone', 'mine_symbols', 'sentences', 'fit_model', 'Tokenizer', 'encoders',
+           'unescaped', 'learn', 'save_tokenizer', 'train_tokenizer']
 
 # %% ../../nbs/tokens/01_tokenizer.ipynb #bbb07494
 import hashlib, io, os, re
@@ -139,7 +139,7 @@ def domain_quotas(available:dict, # domain -> bytes
         rest -= quotas[domain]
     return quotas
 
-# %% ../../nbs/tokens/01_tokenizer.ipynb #d658019f
+# %% ../../nbs/tokens/01_tokenizer.ipynb #80af1a1a
 PAPER_BYTES = 40_000 # of one paper in the sample: many papers teach more than long ones
 
 def head_lines(text:str, n_bytes:int)->str:
@@ -149,20 +149,28 @@ def head_lines(text:str, n_bytes:int)->str:
     head = raw[:n_bytes].decode(errors="ignore")  # only a character cut in two is lost
     return head[:head.rfind("\n") + 1] or head
 
-def _take(texts:list, n_bytes:int)->list:
-    "Beginnings of texts up to so many bytes in all."
+def paper_limit(n_bytes:np.ndarray, # of each paper
+                total:int # bytes wanted
+               )->int: # bytes to take of a paper at most
+    "PAPER_BYTES, doubled until the papers give what is wanted or are taken whole."
+    limit = PAPER_BYTES
+    while limit < n_bytes.max(initial=0) and np.minimum(n_bytes, limit).sum() < total: limit *= 2
+    return limit
+
+def _take(texts:list, n_bytes:int, limit:int=PAPER_BYTES)->list:
+    "Beginnings of texts up to so many bytes in all, and each up to a limit."
     taken = []
     for text in texts:
-        taken.append(head_lines(text, min(n_bytes, PAPER_BYTES)))
+        taken.append(head_lines(text, min(n_bytes, limit)))
         n_bytes -= len(taken[-1].encode())
     return taken
 
-# %% ../../nbs/tokens/01_tokenizer.ipynb #eb3a2dd9
-def candidates(corpus_dir:Path, seed:int)->pl.DataFrame: # id, domain, group, n_bytes (of the part that may be taken)
+# %% ../../nbs/tokens/01_tokenizer.ipynb #77b5fd57
+def candidates(corpus_dir:Path, seed:int)->pl.DataFrame: # id, domain, group, n_bytes
     "Training papers in the order in which they are sampled: one of each group, then a second, each round in the seed's order."
     papers, columns = scan_papers(corpus_dir), scan_papers(corpus_dir).collect_schema().names()
     papers = papers.filter(pl.col("split") == "train").select("id", "domain", pl.col("group" if "group" in columns else "id").alias("group"),
-        pl.min_horizontal("n_bytes", PAPER_BYTES)).collect()
+        "n_bytes").collect()
     if not papers.height: raise StudyError(f"{corpus_dir} has no paper in the training split; give more papers or smaller val and test shares")
     if not papers["n_bytes"].sum(): raise StudyError(f"the training papers of {corpus_dir} hold no text; build the corpus again from other papers")
     papers = papers[seed_order(order_keys(papers["id"]), seed)]
@@ -171,10 +179,12 @@ def candidates(corpus_dir:Path, seed:int)->pl.DataFrame: # id, domain, group, n_
 def training_sample(corpus_dir:Path, config:TokenizerConfig)->pl.DataFrame: # domain, group, text
     "Beginnings of training papers, balanced over domains."
     papers = candidates(corpus_dir, config.seed)
+    limit = paper_limit(papers["n_bytes"].to_numpy(), config.sample_bytes)
+    papers = papers.with_columns(pl.col("n_bytes").clip(upper_bound=limit))
     quotas = domain_quotas(dict(papers.group_by("domain").agg(pl.col("n_bytes").sum()).iter_rows()), config.sample_bytes)
     wanted = papers.filter((pl.col("n_bytes").cum_sum().over("domain") - pl.col("n_bytes")) < pl.col("domain").replace_strict(quotas))
     texts = dict(scan_papers(corpus_dir).filter(pl.col("id").is_in(wanted["id"].to_list())).select("id", "text").collect().iter_rows())
-    parts = [papers.with_columns(text=pl.Series(_take([texts[i] for i in papers["id"]], quotas[d]), dtype=pl.String))
+    parts = [papers.with_columns(text=pl.Series(_take([texts[i] for i in papers["id"]], quotas[d], limit), dtype=pl.String))
              for (d,), papers in sorted(wanted.partition_by("domain", as_dict=True, maintain_order=True).items())]
     return pl.concat(parts).filter(pl.col("text") != "").select("domain", "group", "text")
 
