@@ -191,6 +191,7 @@ def test_a_full_disk(miniature, reference, tmp_path, n_workers, limit):
     assert bool(areas(tmp_path)) == bool(notes(tmp_path)) and not (tmp_path/"corpus").exists()
     assert digests(build_corpus(miniature, tmp_path/"corpus", workers=2)) == digests(reference)
 
+@pytest.mark.slow
 def test_work_of_another_configuration_is_not_taken_up(miniature, reference, tmp_path, capsys):
     build = build_in_process(miniature, tmp_path/"corpus", 1)
     wait_for(lambda: notes(tmp_path))
