@@ -256,7 +256,7 @@ def hits_in(text:str, config:CorpusConfig, clock:Clock)->tuple: # of `Hit`
     if not config.benchmarks: return ()
     with clock.stage("decontaminate"): return tuple(find_hits(text, Contamination.load(contamination_rules(config))))
 
-# %% ../../nbs/corpus/12_pipeline.ipynb #e162f637
+# %% ../../nbs/corpus/12_pipeline.ipynb #0b21362a
 @dataclass(frozen=True)
 class Task:
     "A set of sources to be turned into part files."
@@ -278,8 +278,8 @@ def part_path(folder:Path, index:int, kind:str, part:int=0)->Path:
     return Path(folder)/f"{index:06d}-{kind}-{part:04d}.{_endings.get(kind, 'parquet')}"
 
 TEXT_SCHEMA = pl.Schema({"id": pl.String, "title": pl.String, "text": pl.String, "domain": pl.String, "categories": pl.String, "year": pl.Int32,
-    "license": pl.String, "split": pl.String, "formula_density": pl.Float64, "n_bytes": pl.Int64, **{k: v for k, v in SIGNALS.items() if k != "formula_density"}})
-_part_schema = pl.Schema({**{k: v for k, v in TEXT_SCHEMA.items() if k != "split"}, "digest": pl.String})
+    "license": pl.String, "split": pl.String, "group": pl.String, "formula_density": pl.Float64, "n_bytes": pl.Int64, **{k: v for k, v in SIGNALS.items() if k != "formula_density"}})
+_part_schema = pl.Schema({**{k: v for k, v in TEXT_SCHEMA.items() if k not in ("split", "group")}, "digest": pl.String})
 
 # %% ../../nbs/corpus/12_pipeline.ipynb #c5fabbc1
 def write_table(path:Path, table:pl.DataFrame, rows_per_group:int=2048):
@@ -578,7 +578,7 @@ def splits_of(index:pl.DataFrame, groups:dict, config:CorpusConfig)->tuple[dict,
         elif min(counts["val"], counts["test"]) < 2: warnings.append(f"domain {domain} has {counts['val']} papers in val and {counts['test']} in test, fewer than 2: take more papers, or smaller groups")
     return splits, warnings
 
-# %% ../../nbs/corpus/12_pipeline.ipynb #998370e2
+# %% ../../nbs/corpus/12_pipeline.ipynb #14648fa8
 def write_ledger(out:Path, stretches:Iterator[pl.DataFrame], # in the order of the ids
                  rows_per_part:int=1<<15):
     "Write the ledger, so many rows a file."
@@ -590,13 +590,14 @@ def write_ledger(out:Path, stretches:Iterator[pl.DataFrame], # in the order of t
             waiting, part = waiting[rows_per_part:], part+1
     write_table(out/f"part-{part:03d}.parquet", waiting, rows_per_group=1<<15)
 
-def write_text(out:Path, index:pl.DataFrame, splits:dict, parts:Path, results:list[dict], part_bytes:int=32<<20):
+def write_text(out:Path, index:pl.DataFrame, splits:dict, groups:dict, # id -> group; none where the folder has no groups
+               parts:Path, results:list[dict], part_bytes:int=32<<20):
     "Write the kept texts in the order of the ids, `part_bytes` at a time, so that memory stays bounded."
     kept = index.filter(pl.col("fate") == "kept").select("id", "task", "text_bytes")
-    kept = kept.with_columns(split=pl.col("id").replace_strict(splits, return_dtype=pl.String), part=(pl.col("text_bytes").cum_sum() - 1)//part_bytes)
+    kept = kept.with_columns(split=pl.col("id").replace_strict(splits, return_dtype=pl.String), group=pl.col("id").replace_strict(groups, default=None, return_dtype=pl.String), part=(pl.col("text_bytes").cum_sum() - 1)//part_bytes)
     if not len(kept): write_table(out/"part-000.parquet", pl.DataFrame(schema=TEXT_SCHEMA))
     for n, (_, chosen) in enumerate(kept.group_by("part", maintain_order=True)):
-        by_task = {task: some.select("id", "split") for (task,), some in chosen.group_by("task")}
+        by_task = {task: some.select("id", "split", "group") for (task,), some in chosen.group_by("task")}
         texts = [pl.read_parquet(part_path(parts, task, "text", part)).join(by_task[task], on="id") for task, part in text_parts(parts, results) if task in by_task]
         write_table(out/f"part-{n:03d}.parquet", pl.concat(texts).select(list(TEXT_SCHEMA)).sort("id"), rows_per_group=256)
 
@@ -687,7 +688,7 @@ def do_all(tasks:list[Task], engine, # local, dask://HOST:PORT, or an Executor
         run_tasks(do_task, [t for t in left if t not in here], open_pool, n_workers if engine == "local" else len(tasks), done, Deaths(done))
     return sorted(results, key=lambda r: r["index"])
 
-# %% ../../nbs/corpus/12_pipeline.ipynb #88284a69
+# %% ../../nbs/corpus/12_pipeline.ipynb #2729ea91
 def assemble(out:Path, work:Path, tasks:list[Task], results:list[dict], groups:dict)->dict: # counts for the manifest
     "Write ledger and text from the part files of all tasks."
     parts, config = work/"parts", tasks[0].config
@@ -699,7 +700,7 @@ def assemble(out:Path, work:Path, tasks:list[Task], results:list[dict], groups:d
     splits, warnings = splits_of(index, groups, config)
     for warning in warnings: print(f"warning: {warning}", file=sys.stderr)
     write_ledger(out/"ledger", ledger_stretches(index, parts))
-    write_text(out/"text", index, splits, parts, results)
+    write_text(out/"text", index, splits, groups, parts, results)
     if config.benchmarks: write_table(out/"hits"/"part-000.parquet", hits)
     return {**counts_of(index, splits), "hits": len(hits), "duplicates": {id: stays for id, (_, stays) in copies.items()}, "warnings": warnings}
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'packing_list', 'n_workers', 'tokenized', 'pack']
 
-# %% ../../nbs/tokens/03_pack.ipynb #705b82a2
+# %% ../../nbs/tokens/03_pack.ipynb #56df46a4
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from multiprocessing import get_context
@@ -15,6 +15,7 @@ import numpy as np, polars as pl
 from ..progress import Bar
 from ..settings import StudyError
 from ..storage import file_sha256, fingerprint, read_json, whole_file, whole_folder, write_json
+from .exchange import fast_tokenizer
 from .indexed import shard_writer, token_dtype
 from .tokenizer import Tokenizer, order_keys, save_tokenizer, scan_papers, seed_order
 
@@ -88,7 +89,7 @@ def _describe(folder:Path, papers:pl.DataFrame)->dict:
                     bin_sha256=file_sha256(f"{prefix}.bin"), idx_sha256=file_sha256(f"{prefix}.idx"))
     return {f"{p['split'][0]}-{p['domain'][0]}": shard(p) for p in papers.partition_by("split", "domain", maintain_order=True)}
 
-# %% ../../nbs/tokens/03_pack.ipynb #60744a60
+# %% ../../nbs/tokens/03_pack.ipynb #a7515e5b
 def pack(corpus_dir:Path, tokenizer_dir:Path,
          out:Path, # a new folder
          workers:int|None=None # processes; by default one for each core, or one for a small corpus
@@ -99,6 +100,7 @@ def pack(corpus_dir:Path, tokenizer_dir:Path,
     with whole_folder(Path(out)) as folder:
         papers = papers.with_columns(n_tokens=pl.Series(_write_shards(folder, papers, ids, tokenizer.vocab_size), dtype=pl.Int64))
         save_tokenizer(tokenizer, folder)
+        if tokenizer.config.kind == "bpe": write_json(folder/"tokenizer.json", fast_tokenizer(tokenizer)) # the other kinds have no exact form
         with whole_file(folder/"papers.parquet") as f: papers.sort("id").write_parquet(f, compression="zstd")
         write_json(folder/"shards.json", _summary(Path(corpus_dir).name, tokenizer, _describe(folder, papers)))
     return Path(out)
