@@ -342,7 +342,7 @@ def test_figures_say_what_the_tables_say(miniature):
 @needs_shared
 def test_each_later_drop_is_explained_in_the_chapter():
     "The chapter's table of later drops of labelled sources is what the ledger says."
-    chapter = Path(__file__).parents[1]/"nbs"/"corpus"/"13_yield.ipynb"
+    chapter = Path(__file__).parents[1]/"nbs"/"corpus"/"14_yield.ipynb"
     said = {}
     for cell in json.loads(chapter.read_text())["cells"]:
         for ids, reason in re.findall(r"^\| ([\d., ]+) \| (?:[^|]+) \| `(\w+)` \|", "".join(cell["source"]), flags=re.M): said |= {i: reason for i in ids.split(", ")}
