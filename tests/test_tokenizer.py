@@ -7,20 +7,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from arxiv_study.settings import StudyError
 from arxiv_study.tokens.stability import stability
 from arxiv_study.tokens.tokenizer import ESCAPE, Tokenizer, TokenizerConfig, blocks, encoders, learn, train_tokenizer
+from corpora import WORDS, write_corpus
 
-WORDS = r"the of let a space map proof then holds every $\alpha$ $\beta_1$ $x\in\inner{y}$ \[ \int_0^1 f\,dx \] \\ 1729 42".split(" ")
 REAL = Path(__file__).parents[1].parent/"shared"/"arxiv"
-
-
-def write_corpus(folder, n=90, domains=("math", "cs", "physics"), seed=0):
-    rng = np.random.default_rng(seed)
-    def paper(i):
-        text = "\n".join(" ".join(rng.choice(WORDS, 12)) for _ in range(rng.integers(1, 40))) + "\n\n\\begin{proof}\ndone\n\\end{proof}\n"
-        return dict(id=f"2401.{i:05d}", text=text, domain=domains[i % len(domains)], split="val" if i % 10 == 9 else "train",
-                    formula_density=float(rng.random()), n_bytes=len(text.encode()))
-    (folder/"text").mkdir(parents=True)
-    pl.DataFrame([paper(i) for i in range(n)]).write_parquet(folder/"text/part-000.parquet")
-    return folder
 
 
 @pytest.fixture(scope="module")
