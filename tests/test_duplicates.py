@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from scipy.stats import binom, hypergeom
 
 from arxiv_study.corpus import contamination
@@ -291,6 +291,7 @@ small = st.lists(st.sampled_from(["a", "B", "2", "\\frac", "x_1", "é", "E\u0301
 
 @settings(max_examples=60, deadline=None)
 @given(small, st.lists(small, min_size=1, max_size=5))
+@example("a {0} a a".format("a"*5000), ["a {0} a {0} a a".format("a"*5000)]) # runs that differ past what is hashed
 def test_hits_are_what_brute_force_finds(tmp_path_factory, text, items):
     path = write_items(tmp_path_factory.mktemp("items")/"i.jsonl", items)
     rules = ContaminationRules((path,), n=4, min_words=2, max_records=100)

@@ -8,7 +8,7 @@ __all__ = ['WORDS', 'READERS', 'HITS_SCHEMA', 'spelled', 'words_of', 'lines_of',
            'without_frames', 'Contamination', 'matches', 'Hit', 'joined_up', 'find_hits', 'hits_to_frame',
            'contaminated']
 
-# %% ../../nbs/corpus/12_contamination.ipynb #94e1271d
+# %% ../../nbs/corpus/12_contamination.ipynb #06dca493
 import csv, io, unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import polars as pl
-from .duplicates import run_hashes, single_spaced, word_spans
+from .duplicates import LONGEST, run_hashes, single_spaced, word_spans
 from ..settings import StudyError
 from ..storage import file_sha256
 
@@ -107,7 +107,7 @@ def benchmark_inputs(rules:ContaminationRules)->list[dict]: # name, size, sha256
     for p in rules.benchmarks: read_benchmark(p)
     return [dict(name=Path(p).name, size=Path(p).stat().st_size, sha256=file_sha256(p)) for p in sorted(rules.benchmarks, key=lambda p: Path(p).name)]
 
-# %% ../../nbs/corpus/12_contamination.ipynb #dac6e794
+# %% ../../nbs/corpus/12_contamination.ipynb #e93544fa
 @dataclass(frozen=True)
 class Grams:
     "Runs of benchmarks by their hash."
@@ -130,7 +130,8 @@ class Grams:
 def grams_of(n:int, hashes:np.ndarray, items:np.ndarray, begins:np.ndarray, ends:np.ndarray)->Grams:
     "An index of runs; of a run that an item repeats the first counts."
     order = np.lexsort((begins, items, hashes))
-    first = np.append(True, (np.diff(hashes[order]) != 0) | (np.diff(items[order]) != 0))[:len(order)]
+    cut = (ends - begins)[order][1:] > LONGEST # of these only the beginning was hashed: equal hashes need not be equal runs
+    first = np.append(True, (np.diff(hashes[order]) != 0) | (np.diff(items[order]) != 0) | cut)[:len(order)]
     order = order[first]
     present = np.zeros(1<<max(12, (16*len(order)).bit_length()), bool)
     present[hashes[order]>>np.uint64(64 - present.size.bit_length() + 1)] = True
