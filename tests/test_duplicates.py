@@ -292,6 +292,7 @@ small = st.lists(st.sampled_from(["a", "B", "2", "\\frac", "x_1", "é", "E\u0301
 @settings(max_examples=60, deadline=None)
 @given(small, st.lists(small, min_size=1, max_size=5))
 @example("a {0} a a".format("a"*5000), ["a {0} a {0} a a".format("a"*5000)]) # runs that differ past what is hashed
+@example(" ".join(["a"*5000]*4), [" ".join(["a"*5000]*5)]) # and one that an item holds twice
 def test_hits_are_what_brute_force_finds(tmp_path_factory, text, items):
     path = write_items(tmp_path_factory.mktemp("items")/"i.jsonl", items)
     rules = ContaminationRules((path,), n=4, min_words=2, max_records=100)
