@@ -73,6 +73,12 @@ def test_dask_writes_the_same_bytes(miniature, reference, tmp_path, cluster):
     assert len(read_json(tmp_path/"corpus"/"manifest.json")["peak_mb_per_worker"]) == 2
 
 @pytest.mark.peer
+def test_a_cluster_without_workers_is_named(miniature, tmp_path):
+    distributed = pytest.importorskip("distributed", reason="Dask is not installed; the extra dask has it")
+    with distributed.LocalCluster(n_workers=0, dashboard_address=None, protocol="tcp", silence_logs=60) as empty:
+        with pytest.raises(StudyError, match="has no workers"): build_corpus(miniature, tmp_path/"corpus", engine=empty.scheduler_address.replace("tcp", "dask"))
+
+@pytest.mark.peer
 def test_dask_loses_a_worker(miniature, reference, tmp_path, cluster):
     cluster, engine = cluster
     build = build_in_process(miniature, tmp_path/"corpus", engine)
