@@ -43,7 +43,7 @@ def metadata(arxiv):
         table(f"metadata: {len(lines):,} records, {longer.stat().st_size/1e6:.1f} MB", "MB/s", longer.stat().st_size/1e6, seconds, "json.loads a line")
     return [("metadata: read_snapshot, times json.loads a line", seconds["json.loads a line"]/seconds["read_snapshot"], 3)]
 
-def texts_of(sources, **rules): return [normalize(extract(s.files, LatexRules(**rules)).text)[0] for s in sources]
+def text_of(source, **rules): return normalize(extract(source.files, LatexRules(**rules)).text)[0]
 
 def from_folder(folder, **rules):
     files = {str(p.relative_to(folder)): p.read_text(encoding="utf-8") for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -58,13 +58,13 @@ def quiet(f, *args):
 
 def latex(sources, folders, n_mb):
     own = {BOUND: lambda: [every(bool, SCAN.finditer(t)) for s in sources for t in s.files.values()],
-           "latex and normalize, macros kept": lambda: texts_of(sources),
+           "latex and normalize, macros kept": lambda: every(text_of, sources),
            "the same, read from the peers' folders": lambda: every(from_folder, folders),
-           "latex and normalize, macros expanded": lambda: texts_of(sources, macros="expand")}
+           "latex and normalize, macros expanded": lambda: every(lambda s: text_of(s, macros="expand"), sources)}
     peer = {} if peers.missing() else {"arxiv-to-prompt, macros kept": lambda: every(peers.arxiv_to_prompt, folders)}
     seconds = turns(own | peer)
     if not peers.missing(): # once: they take their time
-        seconds |= medians({"arxiv-to-prompt, macros expanded": lambda: [peers.arxiv_to_prompt(f, expand=True) for f in folders],
+        seconds |= medians({"arxiv-to-prompt, macros expanded": lambda: every(lambda f: peers.arxiv_to_prompt(f, expand=True), folders),
                             "arxiv-latex-cleaner": lambda: [quiet(peers.arxiv_latex_cleaner, f) for f in folders]}, 0, time.process_time)
     table(f"TeX: {len(sources)} sources, {n_mb:.1f} MB", "MB/s", n_mb, seconds, BOUND)
     kept = seconds["latex and normalize, macros kept"]
@@ -81,7 +81,7 @@ def full_parse(sources, most_bytes=6_000):
     if peers.missing() or not short: return
     n_mb = sum(len(t) for s in short for t in s.files.values())/1e6
     bodies = [t for s in short for t in s.files.values()]
-    seconds = medians({"pylatexenc, to Unicode text": lambda: [quiet(peers.pylatexenc, t) for t in bodies], "latex and normalize, macros kept": lambda: texts_of(short)}, 0, time.process_time)
+    seconds = medians({"pylatexenc, to Unicode text": lambda: [quiet(peers.pylatexenc, t) for t in bodies], "latex and normalize, macros kept": lambda: every(text_of, short)}, 0, time.process_time)
     table(f"a full parse, of the {len(short)} shortest sources", "MB/s", n_mb, seconds, "pylatexenc, to Unicode text")
 
 def faithful(arxiv, ids, sources, folders):
@@ -172,7 +172,7 @@ def main(arxiv=None):
         asked += metadata(arxiv) + latex(sources, folders, n_mb)
         full_parse(sources)
         faithful(arxiv, ids, sources, folders)
-        asked += hostile() + duplicates.compare(texts_of(sources))
+        asked += hostile() + duplicates.compare(list(map(text_of, sources)))
         whole(arxiv, n_mb, stages([p for _, p in payloads], sources, n_mb))
         bars("what was asked for", asked)
 
