@@ -272,13 +272,13 @@ def definition(
         body, end, params = PAIR % ((body, right[0]) * 3), right[1], (Parameter("star"), Parameter("nested"), Parameter())
     return checked(params, body), end
 
-# %% ../../nbs/corpus/06_macros.ipynb #5ea042dc
+# %% ../../nbs/corpus/06_macros.ipynb #f047b8fd
 WORDS = r"(?:re)?newcommand|providecommand|DeclareRobustCommand|[egx]?def|let|DeclareMathOperator|DeclarePairedDelimiter|(?:New|Renew|Provide|Declare)(?:Expandable)?DocumentCommand"
 ENVIRONMENT = (Parameter("star"), Parameter(), Parameter("optional"), Parameter("optional"), Parameter(), Parameter())
 
 def is_word(name): return name[-1].isalpha() or name[-1] == "@"
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=128) # papers of one author, or of one book, come with the same macros; a pattern takes some milliseconds to make
 def macro_scanner(
     names:tuple, # of macros, sorted; with no words among them, any control word is a stop
 )->re.Pattern:
@@ -630,7 +630,7 @@ def use(self:Expander, text, name, m, level, after, scopes):
     if "\\ensuremath{" in new and in_formula(text, m.start()): new = unwrapped(new)
     return (with_space(new, text, end, end > m.end("name")) if "\\xspace" in new else new), end
 
-# %% ../../nbs/corpus/06_macros.ipynb #0ea38910
+# %% ../../nbs/corpus/06_macros.ipynb #ea45929d
 @patch
 def expand(self:Expander,
     text:str, # LaTeX
@@ -645,7 +645,7 @@ def expand(self:Expander,
         start = m.start()
         if start < pos or start and text[start - 1] == "\\" and escaped(text, start): continue
         while scopes and scopes[-1][0] <= start: self.assign(*scopes.pop()[1:])
-        name = m["name"] or m.lastgroup == "mark" and m["mark"]
+        name = m[m.lastgroup] if m.lastgroup in ("name", "mark") else None
         if not name: pos = self.pass_over(text, m, scopes, level); continue
         if name not in macros: continue
         new, end = (closed[name], m.end()) if name in closed and self.room > 0 else self.use(text, name, m, level, after, scopes)
