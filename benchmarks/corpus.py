@@ -15,7 +15,7 @@ from arxiv_study.corpus.pipeline import CorpusConfig, build_corpus
 from arxiv_study.corpus.quality import judge_text
 from arxiv_study.storage import read_json, read_jsonl
 from . import duplicates, engine, peers
-from .interleaved import bars, medians, table
+from .interleaved import bars, medians, table, turns_by_item
 
 # The least a cleaner can do: look at each character once, and stop where TeX means something.
 SCAN = re.compile(r"%|\\(?:begin|end|input|include|verb|[a-zA-Z]+|.)|\$\$?|[{}]", re.S)
@@ -57,15 +57,15 @@ def quiet(f, *args):
     return True
 
 def latex(sources, folders, n_mb):
-    own = {BOUND: lambda: [every(bool, SCAN.finditer(t)) for s in sources for t in s.files.values()],
-           "latex and normalize, macros kept": lambda: every(text_of, sources),
-           "the same, read from the peers' folders": lambda: every(from_folder, folders),
-           "latex and normalize, macros expanded": lambda: every(lambda s: text_of(s, macros="expand"), sources)}
-    peer = {} if peers.missing() else {"arxiv-to-prompt, macros kept": lambda: every(peers.arxiv_to_prompt, folders)}
-    seconds = turns(own | peer)
-    if not peers.missing(): # once: they take their time
-        seconds |= medians({"arxiv-to-prompt, macros expanded": lambda: every(lambda f: peers.arxiv_to_prompt(f, expand=True), folders),
-                            "arxiv-latex-cleaner": lambda: [quiet(peers.arxiv_latex_cleaner, f) for f in folders]}, 0, time.process_time)
+    contestants = {BOUND: lambda i: [every(bool, SCAN.finditer(t)) for t in sources[i].files.values()],
+                   "latex and normalize, macros kept": lambda i: text_of(sources[i]),
+                   "the same, read from the peers' folders": lambda i: from_folder(folders[i]),
+                   "latex and normalize, macros expanded": lambda i: text_of(sources[i], macros="expand")}
+    if not peers.missing():
+        contestants |= {"arxiv-to-prompt, macros kept": lambda i: peers.arxiv_to_prompt(folders[i]),
+                        "arxiv-to-prompt, macros expanded": lambda i: peers.arxiv_to_prompt(folders[i], expand=True),
+                        "arxiv-latex-cleaner": lambda i: quiet(peers.arxiv_latex_cleaner, folders[i])}
+    seconds = turns_by_item(contestants, len(sources))
     table(f"TeX: {len(sources)} sources, {n_mb:.1f} MB", "MB/s", n_mb, seconds, BOUND)
     kept = seconds["latex and normalize, macros kept"]
     rows = [("latex and normalize, share of the bare scan (an aim)", seconds[BOUND]/kept, .7)]

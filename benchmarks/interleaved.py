@@ -11,6 +11,19 @@ def medians(contestants, repeats=5, clock=time.perf_counter):
             if turn or not repeats: seconds[name].append(clock() - start)
     return {name: statistics.median(s) for name, s in seconds.items()}
 
+def turns_by_item(contestants, n_items, repeats=2):
+    "Processor seconds of each contestant (name -> function of an item's number) over all items: they take turns at each item, and the best turn counts, so that a neighbour slows all alike."
+    seconds = dict.fromkeys(contestants, 0.)
+    for i in range(n_items):
+        best = dict.fromkeys(contestants, float("inf"))
+        for _ in range(repeats):
+            for name, work in contestants.items():
+                start = time.process_time()
+                work(i)
+                best[name] = min(best[name], time.process_time() - start)
+        for name in contestants: seconds[name] += best[name]
+    return seconds
+
 def table(title, unit, amount, seconds, bound):
     "Print rates (amount a second) and each one's ratio to the bound."
     print(f"\n{title}")
