@@ -14,7 +14,7 @@ __all__ = ['CHOICES', 'TEXT_SCHEMA', 'MOST_DEATHS', 'MIN_DOMAIN', 'READING', 'TE
            'do_all', 'assemble', 'counts_of', 'costs_of', 'troubles_of', 'manifest_of', 'open_ledger', 'open_text',
            'records_by_month', 'build_in', 'build_corpus']
 
-# %% ../../nbs/corpus/13_pipeline.ipynb #5ef61c06
+# %% ../../nbs/corpus/13_pipeline.ipynb #8c75b0d3
 import csv, hashlib, io, os, platform, re, resource, shutil, socket, sys, tarfile, time
 from collections import Counter
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ import numpy as np
 import polars as pl
 
 from .archives import ArchiveRules, SourceSet, container_of, find_sources, paper_id, read_source
-from .contamination import Contamination, ContaminationRules, benchmark_inputs, check_contamination, find_hits, hits_to_frame
+from .contamination import Contamination, ContaminationRules, benchmark_inputs, check_contamination, find_hits, hits_to_frame, contaminated
 from .duplicates import Sketches, find_duplicates, near, signature
 from .latex import LatexRules, extract
 from .ledger import (DOMAINS, LEDGER_SCHEMA, REASONS, STUDIED, Reason, Row, Stage, check_conservation,
@@ -526,7 +526,7 @@ def find_copies(index:pl.DataFrame, parts:Path, results:list[dict], config:Corpu
     sketches = Sketches([part_path(parts, task, "sketches", part) for task, part in text_parts(parts, results)], kept["row"].to_numpy())
     return find_duplicates(kept["id"].to_list(), kept["digest"].to_list(), sketches, kept["n_bytes"].to_list(), threshold=config.near_duplicate_jaccard)
 
-# %% ../../nbs/corpus/13_pipeline.ipynb #1d3be1be
+# %% ../../nbs/corpus/13_pipeline.ipynb #065a018e
 def read_hits(index:pl.DataFrame, parts:Path, results:list[dict])->pl.DataFrame: # as `HITS_SCHEMA`, in the order of the ids
     "The passages of benchmarks in all papers that came so far."
     found = [hits_to_frame([]).with_columns(task=pl.lit(0, pl.Int32)), *(pl.read_parquet(part_path(parts, r["index"], "hits")).with_columns(task=pl.lit(r["index"], pl.Int32)) for r in results if r["n_hits"])]
@@ -535,7 +535,7 @@ def read_hits(index:pl.DataFrame, parts:Path, results:list[dict])->pl.DataFrame:
 def late_reasons(copies:dict, hits:pl.DataFrame, config:CorpusConfig)->dict: # id -> reason
     "Why papers are dropped that their workers kept: as duplicates, else for the benchmarks in them."
     rules = contamination_rules(config)
-    over = hits.group_by("id").agg(pl.col("n_grams").sum()).filter(pl.col("n_grams") >= rules.min_hits)["id"] if rules.policy == "drop" else []
+    over = contaminated(hits, rules)
     return dict.fromkeys(over, Reason.benchmark_overlap) | {id: reason for id, (reason, _) in copies.items()}
 
 # %% ../../nbs/corpus/13_pipeline.ipynb #88a50012
