@@ -36,7 +36,7 @@ def main(preset="smoke-m"):
     config = PRESETS[preset]
     ids_BT = torch.randint(3, config.vocab_size, (ROWS, CONTEXT + 1), generator=torch.Generator().manual_seed(0))
     contestants = {"bare PyTorch": bare_step(config, ids_BT, False), "bare PyTorch, activations computed again": bare_step(config, ids_BT, True),
-                   "DeepSpeed ZeRO-2, activation checkpointing": deepspeed_step(config, ids_BT), "DeepSpeed ZeRO-0": deepspeed_step(config, ids_BT, zero_stage=0, activation_checkpointing=False)}
+                   "DeepSpeed ZeRO-2, activation checkpointing": deepspeed_step(config, ids_BT), "DeepSpeed ZeRO-0": deepspeed_step(config, ids_BT, zero_stage=0, activation_checkpointing="none")}
     table(f"{preset}: {n_parameters(config):,} parameters, {ROWS} x {CONTEXT} tokens a step, one thread", "tokens/s", ROWS*CONTEXT, medians(contestants, 15), "bare PyTorch")
 
 if __name__ == "__main__": main(*sys.argv[1:2])

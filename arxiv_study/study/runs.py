@@ -18,7 +18,7 @@ import yaml
 from ..model.configuration import PRESETS, ModelConfig, n_parameters
 from ..settings import Settings, StudyError
 
-# %% ../../nbs/study/00_runs.ipynb #d0b761ae
+# %% ../../nbs/study/00_runs.ipynb #330f7fad
 CORPUS = {"recipe": "flatten", "macros": "keep", "archive_policy": "lenient", "language_text": "prose", "min_abstract_words": 20, "min_year": None}
 TOKENIZER = {"kind": "bpe", "vocab_size": 1024, "latex_symbols": True, "split_digits": True, "sample": "mixed", "seed": 0}
 BATCHES = {"context": 256, "rows": 4, "accumulation": 1, "order": "mixed", "layout": "packed", "source": "shards",
@@ -26,7 +26,7 @@ BATCHES = {"context": 256, "rows": 4, "accumulation": 1, "order": "mixed", "layo
 MODEL = {"size": "m", "tied": True, "rope_theta": 10_000., "norm_eps": 1e-6, "init_std": .02}
 TRAINING = {"budget": None, "tokens": None, "tokens_per_parameter": None, "branches": [], "lr_hidden_at_2048": 2e-4, "lr_other": 3.2e-3,
             "lr_multiplier": 1., "schedule": "wsd", "warmup_fraction": .05, "decay_fraction": .2, "clip": 1., "weight_decay": .1,
-            "zero_stage": 2, "activation_checkpointing": True, "precision": "fp32"}
+            "zero_stage": 2, "activation_checkpointing": "full", "precision": "fp32"}
 
 # %% ../../nbs/study/00_runs.ipynb #d31d2c84
 def _dimensions(preset:ModelConfig)->dict: return {k: getattr(preset, k) for k in ("n_layers", "d_model", "d_ffn", "n_heads")}
@@ -99,12 +99,12 @@ def _mapping(path:Path, text:str)->tuple[dict, dict]:
         if isinstance(value, yaml.MappingNode): lines |= {f"{key.value}.{k.value}": k.start_mark.line+1 for k, _ in value.value}
     return values, lines
 
-# %% ../../nbs/study/00_runs.ipynb #983955ef
+# %% ../../nbs/study/00_runs.ipynb #0f996e42
 CHOICES = {"corpus.recipe": ("flatten", "concatenate", "released"), "corpus.macros": ("keep", "expand"), "corpus.archive_policy": ("lenient", "strict"),
     "corpus.language_text": ("prose", "raw"), "tokenizer.kind": ("bpe", "unigram", "bytes"), "tokenizer.sample": ("mixed", "prose"),
     "batches.order": ("mixed", "prose_first", "formula_first"), "batches.layout": ("packed", "padded"), "batches.source": ("shards", "text"),
-    "model.size": ("xs", "s", "m", "l"), "training.schedule": ("wsd", "cosine", "linear"), "training.precision": ("fp32", "bf16"),
-    "training.budget": ("tokens", "bytes", "papers", "seconds"), "training.zero_stage": (0, 1, 2)}
+    "model.size": ("xs", "s", "m", "l"), "training.schedule": ("wsd", "cosine", "linear"), "training.precision": ("fp32", "bf16", "fp16"), "training.activation_checkpointing": ("none", "selective", "full"),
+    "training.budget": ("tokens", "bytes", "papers", "seconds"), "training.zero_stage": (0, 1, 2, 3)}
 FRACTIONS = ("training.warmup_fraction", "training.decay_fraction")
 OPTIONAL = ("corpus.min_year", "batches.unique_tokens", "training.tokens", "training.tokens_per_parameter", "training.clip", "training.max_seconds", "training.budget")
 

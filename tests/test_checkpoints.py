@@ -1,0 +1,47 @@
+"""Kills, damage and full disks: what a resumed run has is what the uninterrupted one had."""
+import os, random, time
+import pytest
+from arxiv_study.model.launch import launch, start_ranks
+from arxiv_study.settings import StudyError
+from arxiv_study.storage import read_json
+from model_runs import asked, data, series
+
+
+def kill_at(config, folder, step, ranks=2):
+    "Start a run and kill all ranks outright as soon as a step is logged"
+    processes = start_ranks(config, folder, ranks, resume=False)
+    metrics, until = folder / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < until and all(p.poll() is None for p in processes):
+        if metrics.is_file() and metrics.read_bytes().count(b'"loss"') > step: break
+        time.sleep(0.002)
+    for p in processes: p.kill()
+    for p in processes: p.wait()
+
+
+def test_resume_after_a_kill_is_bit_identical(data, tmp_path):
+    "Killed at a random step of trunk or branch, twice, and resumed: the same series to the last bit"
+    recipe = dict(steps=24, branch_tokens=[10 * 256], checkpoint_every=3)
+    launch(asked(data, tmp_path / "whole", **recipe), tmp_path / "whole", ranks=2)
+    config, rng = asked(data, tmp_path / "killed", **recipe), random.Random(os.environ.get("KILL_SEED", "1"))
+    kill_at(config, tmp_path / "killed", rng.randrange(4, 24))
+    assert read_json(tmp_path / "killed" / "status.json")["state"] == "running"
+    result = launch(config, tmp_path / "killed", ranks=2, resume=True)
+    assert series(tmp_path / "killed") == series(tmp_path / "whole")
+    expected = read_json(tmp_path / "whole" / "result.json")
+    for key in ("heldout", "branches", "train_loss", "grad_norm", "tokens", "samples"): assert result[key] == expected[key], key
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(data, tmp_path):
+    from arxiv_study.model.configuration import read_run
+    from arxiv_study.model.train import prepare_folder
+    config, folder = asked(data, tmp_path / "run", steps=9, checkpoint_every=3), tmp_path / "run"
+    launch(config, folder, ranks=1)
+    before, result = series(folder), read_json(folder / "result.json")
+    newest = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().split()[-1]
+    victim = next(newest.rglob("*optim_states.pt"))
+    victim.write_bytes(victim.read_bytes()[:-10])
+    assert launch(config, folder, ranks=1, resume=True)["heldout"] == result["heldout"]
+    assert series(folder) == before
+    assert "is missing or is not what was written" in (folder / "rank-0.log").read_text()
+    with pytest.raises(StudyError, match="another training"):
+        prepare_folder(read_run(asked(data, folder, steps=10, checkpoint_every=3)), folder, resume=True)
