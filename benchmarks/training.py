@@ -120,7 +120,9 @@ def memory(preset="desk-l", n_steps=4):
     "What recomputation and a chunked loss save, and cost."
     print(f"\n{preset}: forward and backward of {ROWS} x {CONTEXT} tokens, one thread")
     spawn = multiprocessing.get_context("spawn")
-    for recompute, chunk in [("none", None), ("selective", None), ("full", None), ("full", 256)]:
+    chunked = [("full", 256)] if hasattr(Transformer(PRESETS["smoke-xs"]), "loss_chunk") else []
+    if not chunked: print("  this model holds its logits whole: no row of a chunked loss")
+    for recompute, chunk in [("none", None), ("selective", None), ("full", None), *chunked]:
         answer = spawn.Queue()
         process = spawn.Process(target=memory_of, args=(recompute, chunk, preset, n_steps, answer))
         process.start()

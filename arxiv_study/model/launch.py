@@ -63,7 +63,7 @@ def ending(
     "How a process ended, in words"
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
-# %% ../../nbs/model/12_launch.ipynb #457a653d
+# %% ../../nbs/model/12_launch.ipynb #a51a3c63
 def launch(
     config_path: Path,  # the run's config.json
     run_dir: Path,  # where the run writes
@@ -84,6 +84,8 @@ def launch(
         _note(run_dir, f"interrupted by {type(e).__name__}")
         raise
     if code is not None: raise StudyError(_failure(run_dir, *code))
+    status = read_json(run_dir / "status.json")
+    if status["state"] == "stopped": raise StudyError(f"training in {run_dir} stopped: {status['reason']}; launch it again with resume")
     return read_json(run_dir / "result.json")
 
 # %% ../../nbs/model/12_launch.ipynb #d7f3b0fe
