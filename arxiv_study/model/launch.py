@@ -63,7 +63,7 @@ def ending(
     "How a process ended, in words"
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
-# %% ../../nbs/model/12_launch.ipynb #a51a3c63
+# %% ../../nbs/model/12_launch.ipynb #de20dd34
 def launch(
     config_path: Path,  # the run's config.json
     run_dir: Path,  # where the run writes
@@ -80,7 +80,7 @@ def launch(
     processes = start_ranks(Path(config_path), run_dir, ranks, resume)
     try: code = follow(processes, Tail(run_dir / "metrics.jsonl"), on_line, poll_s)
     except BaseException as e:
-        stop(processes)
+        stop(processes, grace_s=60.0)  # a rank finishes its step and saves a checkpoint
         _note(run_dir, f"interrupted by {type(e).__name__}")
         raise
     if code is not None: raise StudyError(_failure(run_dir, *code))
@@ -115,7 +115,7 @@ def follow(processes: list, tail: Tail, on_line, poll_s: float) -> tuple[int, in
     for record in tail.records() if on_line else []: on_line(record)
     return failed
 
-# %% ../../nbs/model/12_launch.ipynb #52601364
+# %% ../../nbs/model/12_launch.ipynb #e1e353b9
 def _note(run_dir: Path, reason: str):
     "status.json of a failed run, unless a rank has given the reason"
     path = run_dir / "status.json"
@@ -126,5 +126,7 @@ def _failure(run_dir: Path, rank: int, code: int, n_lines: int = 15) -> str:
     "What to tell about a run that failed: the reason and the end of the log"
     _note(run_dir, f"rank {rank} {ending(code)}")
     reason = read_json(run_dir / "status.json")["reason"]
-    log = (run_dir / f"rank-{rank}.log").read_text(encoding="utf-8", errors="backslashreplace").splitlines()
+    with open(run_dir / f"rank-{rank}.log", "rb") as f:
+        f.seek(max(0, f.seek(0, os.SEEK_END) - 20_000))  # a log may be larger than memory
+        log = f.read().decode("utf-8", errors="backslashreplace").splitlines()
     return "\n".join([f"training in {run_dir} failed: {reason}; see rank-{rank}.log there", *log[-n_lines:]])
