@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['rotary_tables', 'rotate', 'Attention', 'SwiGLU', 'Block', 'Recomputed', 'within_documents', 'Decoder', 'Transformer',
-           'summed_loss']
+           'summed_losses', 'summed_loss']
 
-# %% ../../nbs/model/02_transformer.ipynb #830052d4
+# %% ../../nbs/model/02_transformer.ipynb #973af462
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .configuration import PRESETS, ModelConfig, flops_per_token, n_hidden_parameters, n_parameters
+from .loss import Head
 
 # %% ../../nbs/model/02_transformer.ipynb #cf2661f0
 def rotary_tables(
@@ -33,7 +34,7 @@ def rotate(
     a, b = x_BHTK.chunk(2, dim=-1)
     return x_BHTK * cos_TK + torch.cat([-b, a], dim=-1) * sin_TK
 
-# %% ../../nbs/model/02_transformer.ipynb #9f121883
+# %% ../../nbs/model/02_transformer.ipynb #7c10e953
 class Attention(nn.Module):
     "Causal self-attention with rotary positions"
     def __init__(self, config: ModelConfig):
@@ -41,11 +42,13 @@ class Attention(nn.Module):
         d = config.d_model
         self.n_heads = config.n_heads
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(d, d, bias=False) for _ in range(4))
+        norm = lambda: nn.RMSNorm(d // config.n_heads, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = norm(), norm()
 
     def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, mask_B1TT: Tensor | None = None) -> Tensor:
         heads = lambda y_BTD: y_BTD.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-        q_BHTK = rotate(heads(self.q_proj(x_BTD)), cos_TK, sin_TK)
-        k_BHTK = rotate(heads(self.k_proj(x_BTD)), cos_TK, sin_TK)
+        q_BHTK = rotate(self.q_norm(heads(self.q_proj(x_BTD))), cos_TK, sin_TK)
+        k_BHTK = rotate(self.k_norm(heads(self.k_proj(x_BTD))), cos_TK, sin_TK)
         y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, heads(self.v_proj(x_BTD)), mask_B1TT, is_causal=mask_B1TT is None)
         return self.o_proj(y_BHTK.transpose(1, 2).flatten(2))
 
@@ -120,7 +123,7 @@ class Decoder(nn.Module):
             x_BTD = block(x_BTD, *tables) if i % every else Recomputed.apply(block, x_BTD, *tables)
         return self.norm(x_BTD)
 
-# %% ../../nbs/model/02_transformer.ipynb #65afb0bb
+# %% ../../nbs/model/02_transformer.ipynb #cedf4c3c
 class Transformer(nn.Module):
     "A causal language model with Llama's parameter names"
     def __init__(
@@ -129,9 +132,9 @@ class Transformer(nn.Module):
         seed: int | None = None,  # of the initial weights; None leaves PyTorch's generator alone
     ):
         super().__init__()
-        self.config, self.recompute = config, "none"
+        self.config, self.recompute, self.loss_chunk, self.z_loss = config, "none", None, 0.0
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Head(config.d_model, config.vocab_size, bias=False)
         if config.tied: self.lm_head.weight = self.model.embed_tokens.weight
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         for p in self.parameters():
@@ -141,16 +144,22 @@ class Transformer(nn.Module):
         self,
         ids_BT: Tensor,
         documents_BT: Tensor | None = None,  # document of each token; attention then stays within it
-    ) -> Tensor:  # logits [B, T, V]
-        return self.lm_head(self.model(ids_BT, self.recompute if self.training and torch.is_grad_enabled() else "none", documents_BT))
+        targets_BT: Tensor | None = None,  # next tokens; -100 where there is none
+    ) -> Tensor | tuple[Tensor, Tensor]:  # logits [B, T, V]; with targets nats + z-loss and nats, summed
+        x_BTD = self.model(ids_BT, self.recompute if self.training and torch.is_grad_enabled() else "none", documents_BT)
+        return self.lm_head(x_BTD, targets_BT, self.loss_chunk, self.z_loss)
 
-# %% ../../nbs/model/02_transformer.ipynb #af3d0432
-def summed_loss(
-    model: nn.Module,  # ids [B, T] to logits [B, T, V]
+# %% ../../nbs/model/02_transformer.ipynb #ccc8cc44
+def summed_losses(
+    model: nn.Module,  # a Transformer, or an engine around one
     ids_BT: Tensor,
     targets_BT: Tensor,  # next tokens; -100 where there is none
     documents_BT: Tensor | None = None,  # attention stays within documents where they are given
-) -> Tensor:
-    "Cross-entropy in nats, summed over all targets"
-    logits_BTV = model(ids_BT, documents_BT).float()
-    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=-100, reduction="sum")
+) -> tuple[Tensor, Tensor]:  # nats + z-loss, which carries the gradient, and nats
+    "Losses summed over all targets"
+    return model(ids_BT, documents_BT, targets_BT)
+
+
+def summed_loss(model: nn.Module, ids_BT: Tensor, targets_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+    "The objective alone"
+    return summed_losses(model, ids_BT, targets_BT, documents_BT)[0]
