@@ -50,7 +50,7 @@ def join_ranks(
                                init_method=os.environ.get("RENDEZVOUS"), rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
-# %% ../../nbs/model/04_engine.ipynb #71b15bde
+# %% ../../nbs/model/04_engine.ipynb #bff9e6bd
 def engine_settings(
     training: TrainingConfig,
     rows: int,  # micro-batch of one rank
@@ -73,7 +73,7 @@ def build_engine(
 ):  # a DeepSpeedEngine
     "The model of a seed under ZeRO, with PyTorch's AdamW"
     model = Transformer(config, seed=training.seed)
-    model.recompute = training.activation_checkpointing
+    model.recompute, model.loss_chunk, model.z_loss = training.activation_checkpointing, training.loss_chunk, training.z_loss
     groups = parameter_groups(model, config, training)
     optimizer = EagerAdamW(groups, betas=training.betas, eps=training.eps)
     settings = engine_settings(training, rows, accumulation, sum(p.numel() for p in model.parameters()))
