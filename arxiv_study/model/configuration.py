@@ -74,8 +74,8 @@ def one_of(
     "Choices as an error names them"
     return f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
 
-# %% ../../nbs/model/00_configuration.ipynb #14c1f2d2
-CHOICES = {"schedule": ("wsd", "cosine", "linear"), "precision": ("fp32", "bf16", "fp16"), "activation_checkpointing": ("none", "selective", "full"), "zero_stage": (0, 1, 2, 3)}
+# %% ../../nbs/model/00_configuration.ipynb #2f398a4d
+CHOICES = {"schedule": ("wsd", "cosine", "linear"), "precision": ("fp32", "bf16"), "activation_checkpointing": ("none", "selective", "full"), "zero_stage": (0, 1, 2)}
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -99,13 +99,11 @@ class TrainingConfig:
     loss_chunk: int | None = None  # tokens whose logits are held at a time; None: all of a micro-batch
     zero_stage: int = 2
     activation_checkpointing: str = "full"  # of every block; selective: of every other one; none
-    precision: str = "fp32"  # fp32, bf16 or fp16
+    precision: str = "fp32"  # fp32 or bf16
     checkpoint_every: int | None = None  # steps; None: at the end only
     evaluate_every: int | None = None  # steps; None: at branches and the end only
     max_seconds: float | None = None  # stop training (not evaluation) after this time
     keep_checkpoints: int = 2
-    keep_best: bool = False  # also the checkpoint with the fewest held-out bits per byte
-    noise_every: int = 8  # steps between measurements of the gradient's noise; 0: never
     seed: int = 0
 
     def __post_init__(self):
@@ -115,20 +113,17 @@ class TrainingConfig:
             if getattr(self, name) not in choices: raise StudyError(f"training.{name} is {getattr(self, name)!r}: use {one_of(choices)}")
         if self.branch_tokens and self.schedule != "wsd": raise StudyError("training.branch_tokens needs training.schedule wsd")
 
-# %% ../../nbs/model/00_configuration.ipynb #48ce261a
+# %% ../../nbs/model/00_configuration.ipynb #97b6b37a
 @dataclass(frozen=True)
 class GuardConfig:
-    "What counts as trouble in training, and what is done about it"
-    on_spike: str = "record"  # record; skip: no update from this batch; rollback: to the last checkpoint, and past these batches
+    "What counts as trouble in training"
     window: int = 64  # steps that a loss is compared with
     fewest: int = 16  # steps before anything is called a spike
     threshold: float = 6.0  # median absolute deviations above the window's median
-    max_rollbacks: int = 3  # a run that needs more has diverged
     collective_timeout_s: float = 600.0  # a collective that takes longer has hung
 
     def __post_init__(self):
-        actions = ("record", "skip", "rollback")
-        if self.on_spike not in actions: raise StudyError(f"guard.on_spike is {self.on_spike!r}: use {one_of(actions)}")
+        if self.collective_timeout_s <= 0: raise StudyError(f"guard.collective_timeout_s is {self.collective_timeout_s}: give seconds above 0")
 
 # %% ../../nbs/model/00_configuration.ipynb #248f643b
 def tokens_per_step(
@@ -164,7 +159,7 @@ def from_fields(
     try: return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except TypeError as e: raise StudyError(f"{where}: {e}")
 
-# %% ../../nbs/model/00_configuration.ipynb #c1f2b11f
+# %% ../../nbs/model/00_configuration.ipynb #b5e002ba
 @dataclass(frozen=True)
 class RunConfig:
     "Everything one training run is told"
@@ -178,7 +173,6 @@ class RunConfig:
     scale: str = "smoke"
     seed: int = 0
     guard: GuardConfig = GuardConfig()
-    trackers: tuple[str, ...] = ()  # besides metrics.jsonl: tensorboard, wandb, ...
     prompts: tuple[str, ...] = ("We prove that", "Let $G$ be", "\\begin{equation}\n")  # of the samples
 
 # %% ../../nbs/model/00_configuration.ipynb #db0f28de

@@ -77,19 +77,20 @@ def parameter_groups(
     return [dict(params=hidden, peak_lr=lr_hidden, lr=lr_hidden, weight_decay=training.weight_decay),
             dict(params=other, peak_lr=lr_other, lr=lr_other, weight_decay=0.0)]
 
-# %% ../../nbs/model/03_optimization.ipynb #c8acf044
+# %% ../../nbs/model/03_optimization.ipynb #197532c6
 def is_spike(
     loss: float,
     before: list[float],  # losses of the steps before, oldest first
     window: int = 64,
     fewest: int = 16,  # steps needed before anything is called a spike
+    threshold: float = 6.0,  # median absolute deviations
 ) -> bool:
-    "More than six median absolute deviations above the median of the window"
+    "More than so many median absolute deviations above the median of the window"
     recent = sorted(before[-window:])
     if len(recent) < fewest: return False
     median = recent[len(recent) // 2]
     deviation = sorted(abs(x - median) for x in recent)[len(recent) // 2]
-    return loss - median > 6 * max(deviation, 1e-6)
+    return loss - median > threshold * max(deviation, 1e-6)
 
 # %% ../../nbs/model/03_optimization.ipynb #c97612a2
 def has_diverged(

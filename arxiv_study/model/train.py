@@ -59,13 +59,13 @@ class Stop:
     armed: bool = False  # steps are being taken, so that there is something to save
     agreed: bool = False  # by all ranks
 
-# %% ../../nbs/model/11_train.ipynb #b53a2b0e
+# %% ../../nbs/model/11_train.ipynb #382a439c
 class Training:
     "One run as one rank sees it"
     def __init__(self, config: RunConfig, out: Path, stop: Stop | None = None):
         self.stop = stop or Stop()
         self.config, self.out, self.recipe = config, Path(out), config.training
-        self.rank, self.world_size = join_ranks()
+        self.rank, self.world_size = join_ranks(config.guard.collective_timeout_s)
         self.seconds, self.progress = Counter(), Progress()
         self.tokenizer = Tokenizer.load(Path(config.tokens_dir))
         _check_fit(config, self.tokenizer)
@@ -132,7 +132,7 @@ def train_step(self: Training, step: int, factor: float) -> dict:  # the record 
                 **{f"{k}_s": part[k] for k in ("forward", "backward", "optimizer", "communication")},
                 rss_gib=psutil.Process().memory_info().rss / 2**30, throttle_mb_per_s=batch.throttle, n_targets=int(n_targets))
 
-# %% ../../nbs/model/11_train.ipynb #6d196ec5
+# %% ../../nbs/model/11_train.ipynb #e1cd88ef
 @patch
 def log(self: Training, record: dict):
     "One line of metrics.jsonl, by rank 0"
@@ -143,7 +143,7 @@ def log(self: Training, record: dict):
 def remember(self: Training, record: dict):
     "Add a step to the history and the log"
     p = self.progress
-    if is_spike(record["loss"], p.losses):
+    if is_spike(record["loss"], p.losses, self.config.guard.window, self.config.guard.fewest, self.config.guard.threshold):
         p.spikes += 1
         self.log(dict(event="spike", step=record["step"], loss=record["loss"]))
     p.losses.append(record["loss"])

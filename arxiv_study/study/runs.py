@@ -99,12 +99,12 @@ def _mapping(path:Path, text:str)->tuple[dict, dict]:
         if isinstance(value, yaml.MappingNode): lines |= {f"{key.value}.{k.value}": k.start_mark.line+1 for k, _ in value.value}
     return values, lines
 
-# %% ../../nbs/study/00_runs.ipynb #0f996e42
+# %% ../../nbs/study/00_runs.ipynb #c6d53d6a
 CHOICES = {"corpus.recipe": ("flatten", "concatenate", "released"), "corpus.macros": ("keep", "expand"), "corpus.archive_policy": ("lenient", "strict"),
     "corpus.language_text": ("prose", "raw"), "tokenizer.kind": ("bpe", "unigram", "bytes"), "tokenizer.sample": ("mixed", "prose"),
     "batches.order": ("mixed", "prose_first", "formula_first"), "batches.layout": ("packed", "padded"), "batches.source": ("shards", "text"),
-    "model.size": ("xs", "s", "m", "l"), "training.schedule": ("wsd", "cosine", "linear"), "training.precision": ("fp32", "bf16", "fp16"), "training.activation_checkpointing": ("none", "selective", "full"),
-    "training.budget": ("tokens", "bytes", "papers", "seconds"), "training.zero_stage": (0, 1, 2, 3)}
+    "model.size": ("xs", "s", "m", "l"), "training.schedule": ("wsd", "cosine", "linear"), "training.precision": ("fp32", "bf16"), "training.activation_checkpointing": ("none", "selective", "full"),
+    "training.budget": ("tokens", "bytes", "papers", "seconds"), "training.zero_stage": (0, 1, 2)}
 FRACTIONS = ("training.warmup_fraction", "training.decay_fraction")
 OPTIONAL = ("corpus.min_year", "batches.unique_tokens", "training.tokens", "training.tokens_per_parameter", "training.clip", "training.max_seconds", "training.budget")
 
