@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from ..settings import StudyError
 
-# %% ../../nbs/model/05_noise.ipynb #e44128f0
+# %% ../../nbs/model/05_noise.ipynb #33522f32
 def variance_and_signal(
     small_squares: list[float],  # squared norm of each micro-batch's mean gradient
     small_targets: list[int],  # targets of each micro-batch
     big_square: float,  # squared norm of the step's mean gradient
 ) -> tuple[float, float]:  # tr(Sigma) of one target, |G|^2
     "Unbiased estimates from one step (McCandlish et al. 2018, appendix A.1)"
-    if len(small_squares) < 2: raise StudyError("the gradient's noise needs two micro-batches a step: use more ranks or accumulation, or training.noise_every 0")
+    if len(small_squares) < 2: raise StudyError("the gradient's noise needs two micro-batches a step: use more ranks or accumulation")
     inverse, big_inverse = np.mean(1 / np.asarray(small_targets, dtype=float)), 1 / sum(small_targets)
     variance = (np.mean(small_squares) - big_square) / (inverse - big_inverse)
     return float(variance), float(big_square - variance * big_inverse)
@@ -45,7 +45,7 @@ def noise_scale(
     error = float(np.sqrt((n - 1) / n * np.square(left_out - left_out.mean()).sum())) if n > 1 else None
     return NoiseScale(float(ratio), float(ratio * bytes_per_token), error, n)
 
-# %% ../../nbs/model/05_noise.ipynb #946533ec
+# %% ../../nbs/model/05_noise.ipynb #a761c946
 class GradientNoise:
     "Squared norms of this rank's micro-batch gradients"
     def __init__(self, parameters): self.parameters, self.squares, self.handles = list(parameters), [], []
@@ -65,7 +65,7 @@ class GradientNoise:
         self.seen.clear()
 
     def add(self, i: int, gradient):
-        if i in self.seen: raise StudyError("a parameter has two gradients in one micro-batch, whose norms do not add up: set training.noise_every 0")
+        if i in self.seen: raise StudyError("a parameter has two gradients in one micro-batch, whose norms do not add up: measure a model whose backward visits each parameter once")
         self.seen.add(i)
         norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32).double()
         self.squares[-1] = self.squares[-1].to(norm.device) + norm.square()

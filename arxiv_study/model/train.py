@@ -6,7 +6,7 @@
 __all__ = ['OUTPUTS', 'Progress', 'Diverged', 'Preempted', 'Stop', 'Training', 'environment', 'prepare_folder', 'train',
            'Interrupted', 'heed_signals', 'note_failure', 'main']
 
-# %% ../../nbs/model/11_train.ipynb #141072c7
+# %% ../../nbs/model/11_train.ipynb #e7b362fe
 import argparse, ctypes, importlib.metadata, json, math, os, platform, resource, shutil, signal, statistics, sys, time, traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -19,6 +19,7 @@ from .engine import build_engine, gradient_norm, join_ranks, time_collectives, t
 from .evaluate import held_out, held_out_result, held_out_texts, nats_by_domain, unigram_byte_bits
 from .generate import generate
 from .optimization import Segment, has_diverged, is_spike, rate_factor, segments, warmup_steps
+from .metrics import Basis, hardware_flops_per_token, matmul_peak, memory, open_trackers, step_record
 from .transformer import summed_losses
 from ..settings import StudyError
 from ..storage import append_jsonl, read_json, write_json
@@ -59,7 +60,7 @@ class Stop:
     armed: bool = False  # steps are being taken, so that there is something to save
     agreed: bool = False  # by all ranks
 
-# %% ../../nbs/model/11_train.ipynb #382a439c
+# %% ../../nbs/model/11_train.ipynb #3fa3b738
 class Training:
     "One run as one rank sees it"
     def __init__(self, config: RunConfig, out: Path, stop: Stop | None = None):
@@ -76,7 +77,17 @@ class Training:
         self.warmup = warmup_steps(self.recipe, self.plan)
         self.engine = build_engine(config.model, self.recipe, self.batches.config.rows, self.batches.config.accumulation)
         time_collectives(self.seconds)
-        self.windows, self.metrics = None, None
+        self.windows, self.metrics, self.trackers, self.saved_s = None, None, [], 0.0
+        self.basis = None  # once the ranks can talk
+
+
+@patch
+def _basis(self: Training) -> Basis:
+    "What this run's rates are held against; the ranks measure the machine together"
+    context, model, kind = self.batches.config.context, self.config.model, {"fp32": "float32", "bf16": "bfloat16"}[self.recipe.precision]
+    torch.distributed.barrier()
+    [peak] = self.over_ranks(matmul_peak(self.engine.device.type, kind))
+    return Basis(self.batches.bytes_per_token, flops_per_token(model, context), hardware_flops_per_token(model, context, self.recipe.activation_checkpointing), peak)
 
 
 def _check_fit(config: RunConfig, tokenizer: Tokenizer):
@@ -108,10 +119,11 @@ def summed_gradients(self: Training, batch, n_targets: float) -> float:
         total += nats.item()
     return total
 
-# %% ../../nbs/model/11_train.ipynb #6b6b2f84
+# %% ../../nbs/model/11_train.ipynb #600e915a
 @patch
 def train_step(self: Training, step: int, factor: float) -> dict:  # the record of metrics.jsonl
     "One optimizer step, timed"
+    self.basis = self.basis or self._basis()
     before, start = Counter(self.seconds), time.perf_counter()
     batch = self.batches.batch(step)
     [n_targets] = self.over_ranks(batch.n_tokens)
@@ -127,16 +139,21 @@ def train_step(self: Training, step: int, factor: float) -> dict:  # the record 
     if not math.isfinite(norm): raise Diverged(f"the gradient norm of step {step} is {norm}")
     self.seconds["wait"] += batch.wait_s
     step_s, part = time.perf_counter() - start, Counter(self.seconds) - before
-    return dict(step=step, tokens=round((step + 1) * self.step_tokens), loss=loss, bits_per_byte=loss / math.log(2) / self.batches.bytes_per_token,
-                grad_norm=norm, lr=self.engine.optimizer.param_groups[0]["lr"], tokens_per_s=n_targets / step_s, step_s=step_s, wait_s=batch.wait_s,
-                **{f"{k}_s": part[k] for k in ("forward", "backward", "optimizer", "communication")},
-                rss_gib=psutil.Process().memory_info().rss / 2**30, throttle_mb_per_s=batch.throttle, n_targets=int(n_targets))
+    part["checkpoint"], self.saved_s = self.seconds["checkpoint"] - self.saved_s, self.seconds["checkpoint"]
+    n_positions = self.batches.rows_per_step * self.batches.config.context
+    line = step_record(step, nats, n_targets, n_positions, step_s, part, self.basis, tokens=round((step + 1) * self.step_tokens), grad_norm=norm,
+                       lr=self.engine.optimizer.param_groups[0]["lr"], **memory(), throttle_mb_per_s=batch.throttle)
+    return {**line, "n_targets": int(n_targets)}
 
-# %% ../../nbs/model/11_train.ipynb #e1cd88ef
+
+
+# %% ../../nbs/model/11_train.ipynb #c31f0111
 @patch
 def log(self: Training, record: dict):
-    "One line of metrics.jsonl, by rank 0"
-    if self.rank == 0: append_jsonl(self.metrics, {k: round(v, 6) if k.endswith(("_s", "_gib")) and isinstance(v, float) else v for k, v in record.items()})
+    "One line of metrics.jsonl, by rank 0, and the step's numbers to the trackers"
+    if self.rank: return
+    append_jsonl(self.metrics, {k: round(v, 6) if k.endswith(("_s", "_gib")) and isinstance(v, float) else v for k, v in record.items()})
+    for tracker in self.trackers if "event" not in record else (): tracker.log(record)
 
 
 @patch
@@ -272,7 +289,7 @@ def times(self: Training) -> dict:
     parts = {f"{k}_s": round(self.seconds[k], 3) for k in ("startup", "forward", "backward", "optimizer", "communication", "wait", "checkpoint", "evaluate")}
     return dict(total_s=round(time.time() - psutil.Process().create_time(), 3), train_s=round(self.progress.trained_s, 3), **parts)
 
-# %% ../../nbs/model/11_train.ipynb #9bf9966e
+# %% ../../nbs/model/11_train.ipynb #0fdf705d
 @patch
 def result(self: Training, found: dict | None, outcome: str, reason: str | None, unigram: float, samples: list) -> dict:
     "result.json"
@@ -285,6 +302,7 @@ def result(self: Training, found: dict | None, outcome: str, reason: str | None,
         flops=self.flops(tokens), train_loss=statistics.fmean(_tail(p.losses)) if p.losses else None, heldout=found, unigram_byte_bits=unigram,
         branches=p.branches, spikes=p.spikes, grad_norm=_spread(p.grad_norms), time=self.times(),
         tokens_per_s=self.step_tokens / statistics.median(p.step_s) if p.step_s else None, peak_rss_gib=self.peak_rss_gib,
+        mfu=self.basis.flops * self.step_tokens / statistics.median(p.step_s) / self.basis.peak_flops if p.step_s and self.basis else None,
         padding_share=1 - p.n_targets / positions if positions else 0.0, ranks=self.world_size,
         throttle=[dict(mb_per_s=r, **{k: statistics.median(t[i] for t in p.throttled if t[0] == r) for k, i in (("step_s", 1), ("wait_s", 2))}) for r in rates],
         samples=samples)
@@ -360,7 +378,7 @@ def restore(self: Training):
     self.progress = Progress(**state["progress"])
     self.seconds.update(self.progress.seconds)
 
-# %% ../../nbs/model/11_train.ipynb #1893dfc2
+# %% ../../nbs/model/11_train.ipynb #73680094
 @patch
 def open_metrics(self: Training):
     "metrics.jsonl, cut back to the checkpoint"
@@ -368,8 +386,9 @@ def open_metrics(self: Training):
     self.metrics = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
     self.metrics.truncate(self.progress.metrics_bytes)
     self.metrics.seek(0, os.SEEK_END)
+    self.trackers = open_trackers(self.config.trackers, self.out, asdict(self.config))
 
-# %% ../../nbs/model/11_train.ipynb #1150dcd6
+# %% ../../nbs/model/11_train.ipynb #c642f013
 def train(
     config: RunConfig,
     out: Path,  # run folder
@@ -384,6 +403,7 @@ def train(
     training.open_metrics()
     training.seconds["startup"] = time.time() - psutil.Process().create_time()
     training.conclude()
+    for tracker in training.trackers: tracker.close()
     training.batches.close()
 
 # %% ../../nbs/model/11_train.ipynb #0f236de0
