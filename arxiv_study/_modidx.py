@@ -1504,7 +1504,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'arxiv_study.model.plan.days': ('model/plan.html#days', 'arxiv_study/model/plan.py'),
                                         'arxiv_study.model.plan.memory_bytes': ( 'model/plan.html#memory_bytes',
                                                                                  'arxiv_study/model/plan.py'),
-                                        'arxiv_study.model.plan.mfu': ('model/plan.html#mfu', 'arxiv_study/model/plan.py'),
                                         'arxiv_study.model.plan.plan': ('model/plan.html#plan', 'arxiv_study/model/plan.py')},
             'arxiv_study.model.train': { 'arxiv_study.model.train.Diverged': ('model/train.html#diverged', 'arxiv_study/model/train.py'),
                                          'arxiv_study.model.train.Interrupted': ( 'model/train.html#interrupted',
