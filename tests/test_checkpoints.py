@@ -31,6 +31,38 @@ def test_resume_after_a_kill_is_bit_identical(data, tmp_path):
     for key in ("heldout", "branches", "train_loss", "grad_norm", "tokens", "samples"): assert result[key] == expected[key], key
 
 
+def die(config, folder, resume, rng, inside):
+    "Run, and kill all ranks outright a moment after the first new step, or while a checkpoint is being written; whether it was"
+    processes = start_ranks(config, folder, 2, resume)
+    metrics, size, until = folder / "metrics.jsonl", 0, time.monotonic() + 120
+    while time.monotonic() < until and all(p.poll() is None for p in processes):
+        now = metrics.stat().st_size if metrics.is_file() else 0
+        if now > size and size and not inside: break
+        if inside and list((folder / "checkpoints").glob(".*.part/*")): break
+        size = now or 1
+        time.sleep(0.001)
+    if not inside: time.sleep(rng.uniform(0, 0.1))
+    for p in processes: p.kill()
+    for p in processes: p.wait()
+    return bool(list((folder / "checkpoints").glob(".*.part/*")))
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(data, tmp_path):
+    "One run killed outright twenty times, every third time inside a checkpoint write: its series and its result are the uninterrupted run's to the last bit"
+    recipe, rng = dict(steps=160, branch_tokens=[60 * 256], checkpoint_every=2), random.Random(os.environ.get("KILL_SEED", "1"))
+    launch(asked(data, tmp_path / "whole", **recipe), tmp_path / "whole", ranks=2)
+    config, folder, inside = asked(data, tmp_path / "killed", **recipe), tmp_path / "killed", 0
+    for k in range(20):
+        inside += die(config, folder, k > 0, rng, inside=k % 3 == 2)
+        assert read_json(folder / "status.json")["state"] == "running", k  # it was killed before its end
+    result, expected = launch(config, folder, ranks=2, resume=True), read_json(tmp_path / "whole" / "result.json")
+    assert inside >= 3
+    assert series(folder) == series(tmp_path / "whole")
+    for key in ("heldout", "branches", "train_loss", "grad_norm", "tokens", "samples"): assert result[key] == expected[key], key
+    assert not list((folder / "checkpoints").glob(".*.part"))
+
+
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(data, tmp_path):
     from arxiv_study.model.configuration import read_run
     from arxiv_study.model.train import prepare_folder

@@ -37,14 +37,16 @@ def plain_series(data, config_path, ranks, n_steps):
 
 
 @pytest.mark.parametrize("name,layout,training", [
-    ("zero2", "packed", {}), ("zero0", "packed", dict(zero_stage=0, activation_checkpointing="none")), ("padded", "padded", {})])
+    ("zero2", "packed", {}), ("zero1", "packed", dict(zero_stage=1, activation_checkpointing="selective")),
+    ("zero0", "packed", dict(zero_stage=0, activation_checkpointing="none")), ("padded", "padded", {})])
 def test_zero_stages_agree_with_plain_pytorch(data, tmp_path, name, layout, training):
-    "R23's promise: ZeRO-0 without recomputation, and ZeRO-2 with it, on 2 ranks with accumulation, against a bare loop on one"
-    config = asked(data, tmp_path / name, dict(accumulation=2, layout=layout), steps=10, **training)
+    "R23's promise: every ZeRO stage, with and without recomputation, on 2 ranks with accumulation, against a bare loop on one for 50 steps"
+    config = asked(data, tmp_path / name, dict(accumulation=2, layout=layout), steps=50, **training)
     launch(config, tmp_path / name, ranks=2)
-    for (_, step, loss, norm), (loss_1, norm_1) in zip(series(tmp_path / name), plain_series(data, config, 2, 10), strict=True):
-        assert loss == pytest.approx(loss_1, rel=2e-5), step
-        assert norm == pytest.approx(norm_1, rel=2e-4), step
+    for (_, step, loss, norm), (loss_1, norm_1) in zip(series(tmp_path / name), plain_series(data, config, 2, 50), strict=True):
+        grown = 1 if step < 10 else 10  # sums in another order differ in the last bit of fp32, and training makes such differences grow
+        assert loss == pytest.approx(loss_1, rel=2e-5 * grown), step
+        assert norm == pytest.approx(norm_1, rel=2e-4 * grown), step
 
 
 def test_nothing_is_compiled_in_an_empty_home(data, tmp_path):
