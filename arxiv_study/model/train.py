@@ -197,16 +197,16 @@ def evaluate(self: Training) -> dict:
     self.log(dict(event="evaluation", step=p.step, tokens=round(p.step * self.step_tokens), bits_per_byte=found["bits_per_byte"] if math.isfinite(found["loss"]) else None))
     return found
 
-# %% ../../nbs/model/11_train.ipynb #a183c7f4
+# %% ../../nbs/model/11_train.ipynb #c3db8f8b
 @patch
 def run_segment(self: Training, segment: Segment, last: bool):
     "The steps of one segment, from where the run stands"
     p, r = self.progress, self.recipe
     while p.step < segment.stop and not self.out_of_time():
         self.remember(self.train_step(p.step, rate_factor(p.step, segment, r, self.warmup, self.total)))
+        if r.evaluate_every and p.step % r.evaluate_every == 0 and p.step < segment.stop and (last or not segment.measured): self.evaluate()
         if r.checkpoint_every and p.step % r.checkpoint_every == 0: self.checkpoint(f"{segment.name}-{p.step:06d}")
         self.heed_stop(f"{segment.name}-{p.step:06d}")
-        if r.evaluate_every and p.step % r.evaluate_every == 0 and p.step < segment.stop and (last or not segment.measured): self.evaluate()
 
 
 @patch
@@ -388,7 +388,7 @@ def open_metrics(self: Training):
     self.metrics.seek(0, os.SEEK_END)
     self.trackers = open_trackers(self.config.trackers, self.out, asdict(self.config))
 
-# %% ../../nbs/model/11_train.ipynb #c642f013
+# %% ../../nbs/model/11_train.ipynb #fbbe07c2
 def train(
     config: RunConfig,
     out: Path,  # run folder
@@ -402,9 +402,11 @@ def train(
     if resume: training.restore()
     training.open_metrics()
     training.seconds["startup"] = time.time() - psutil.Process().create_time()
-    training.conclude()
-    for tracker in training.trackers: tracker.close()
-    training.batches.close()
+    if training.progress.step: training.log(dict(event="resumed", step=training.progress.step))
+    try: training.conclude()
+    finally:
+        for tracker in training.trackers: tracker.close()
+        training.batches.close()
 
 # %% ../../nbs/model/11_train.ipynb #0f236de0
 class Interrupted(BaseException):
