@@ -1,10 +1,10 @@
 """Kills, damage and full disks: what a resumed run has is what the uninterrupted one had."""
-import os, random, time
+import os, random, subprocess, sys, time
 import pytest
 from arxiv_study.model.launch import launch, start_ranks
 from arxiv_study.settings import StudyError
 from arxiv_study.storage import read_json
-from model_runs import asked, data, series
+from model_runs import asked, data, ranks_alive, series
 
 
 def kill_at(config, folder, step, ranks=2):
@@ -61,6 +61,30 @@ def test_twenty_kills_change_nothing(data, tmp_path):
     assert series(folder) == series(tmp_path / "whole")
     for key in ("heldout", "branches", "train_loss", "grad_norm", "tokens", "samples"): assert result[key] == expected[key], key
     assert not list((folder / "checkpoints").glob(".*.part"))
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from arxiv_study.model.launch import launch
+from arxiv_study.settings import StudyError
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # a file that outgrows it cannot be written, as on a full disk
+try: launch(Path(sys.argv[1]), Path(sys.argv[2]), 2, resume=True)
+except StudyError as e: sys.exit(str(e))
+"""
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(data, tmp_path):
+    "The run fails with a sentence, leaves no process, and goes on from the checkpoint before when there is space again"
+    recipe = dict(steps=12, checkpoint_every=3)
+    launch(asked(data, tmp_path / "whole", **recipe), tmp_path / "whole", ranks=2)
+    config, folder = asked(data, tmp_path / "full", **recipe), tmp_path / "full"
+    kill_at(config, folder, 5)
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(config), str(folder)], capture_output=True, text=True, timeout=120)
+    status = read_json(folder / "status.json")
+    assert done.returncode == 1 and status["state"] == "failed" and ranks_alive(folder) == []
+    assert "could not be written" in status["reason"] and "--resume" in status["reason"], status
+    launch(config, folder, ranks=2, resume=True)
+    assert series(folder) == series(tmp_path / "whole")
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(data, tmp_path):

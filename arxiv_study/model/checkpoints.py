@@ -37,7 +37,7 @@ def verified_state(
             raise StudyError(f"{path} is missing or is not what was written: this checkpoint cannot be used")
     return manifest["state"]
 
-# %% ../../nbs/model/08_checkpoints.ipynb #a84a86b8
+# %% ../../nbs/model/08_checkpoints.ipynb #4044bbf0
 def save_checkpoint(
     engine,
     folder: Path,  # checkpoints/
@@ -52,7 +52,9 @@ def save_checkpoint(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     torch.distributed.barrier()
-    engine.save_checkpoint(str(part), tag="deepspeed", save_latest=False)
+    try: engine.save_checkpoint(str(part), tag="deepspeed", save_latest=False)
+    except (OSError, RuntimeError) as e:  # PyTorch's writer raises the latter where a disk is full
+        raise StudyError(f"the checkpoint {name} could not be written to {folder} ({str(e).splitlines()[0]}): see to the space there, then go on with --resume from the one before")
     torch.distributed.barrier()
     if rank == 0: _publish(part, Path(folder) / name, state, keep, keep_last)
     torch.distributed.barrier()
