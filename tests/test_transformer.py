@@ -126,7 +126,7 @@ def test_forward_and_backward_of_the_whole_paper_model():
     import psutil
     from arxiv_study.model.plan import memory_bytes
     import torch
-    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"): pytest.skip("this processor has no vector instructions for bf16: the model's products take many minutes")
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"): pytest.skip("this processor has no vector instructions for bf16, and without them this takes more than five minutes")
     if psutil.virtual_memory().available < 12 * 2**30: pytest.skip("less than 12 GiB are free")
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr
