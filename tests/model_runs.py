@@ -1,7 +1,6 @@
 """Runs that the tests of the model room train: a small corpus, a tiny model, and what a run leaves behind."""
-import json, os
+import json
 from dataclasses import asdict
-from pathlib import Path
 import polars as pl
 import pytest
 from arxiv_study.model.configuration import ModelConfig

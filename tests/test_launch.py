@@ -1,10 +1,8 @@
 """How runs are started: one machine or several, and what the launcher says about every ending."""
-import json, os, signal, socket, subprocess, sys, threading, time
+import os, signal, socket, subprocess, sys
 from pathlib import Path
 import pytest
 from arxiv_study.model.launch import launch
-from arxiv_study.settings import StudyError
-from arxiv_study.storage import read_json
 from model_runs import asked, data, ranks_alive, series
 
 STEPS = 4

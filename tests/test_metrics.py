@@ -1,5 +1,5 @@
 """What a step's numbers mean: published utilisation, and trackers read back by their own readers."""
-import csv, os, subprocess, sys
+import csv, json
 from pathlib import Path
 import pytest
 from arxiv_study.model.configuration import PRESETS, flops_per_token, n_parameters
@@ -50,7 +50,6 @@ def test_every_name_of_a_step_is_in_the_schema(data, tmp_path):
 @pytest.mark.peer
 def test_tensorboard_reads_what_was_logged(data, tmp_path):
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed; the extra tracking has it")
-    import json
     path = asked(data, tmp_path / "run", steps=3)
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(trackers=["tensorboard"])))
     launch(path, tmp_path / "run", ranks=1)

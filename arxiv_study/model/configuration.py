@@ -159,7 +159,7 @@ def from_fields(
     try: return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except TypeError as e: raise StudyError(f"{where}: {e}")
 
-# %% ../../nbs/model/00_configuration.ipynb #fc0274a8
+# %% ../../nbs/model/00_configuration.ipynb #49f155c2
 @dataclass(frozen=True)
 class RunConfig:
     "Everything one training run is told"
@@ -173,7 +173,7 @@ class RunConfig:
     scale: str = "smoke"
     seed: int = 0
     guard: GuardConfig = GuardConfig()
-    trackers: tuple[str, ...] = ()  # besides metrics.jsonl: tensorboard, wandb, swanlab, trackio
+    trackers: tuple[str, ...] = ()  # besides metrics.jsonl: tensorboard, wandb, trackio
     prompts: tuple[str, ...] = ("We prove that", "Let $G$ be", "\\begin{equation}\n")  # of the samples
 
 # %% ../../nbs/model/00_configuration.ipynb #db0f28de

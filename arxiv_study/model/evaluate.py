@@ -120,7 +120,7 @@ def token_nats(
     nats = [F.cross_entropy(model.lm_head(h).float(), t, ignore_index=-100, reduction="none") for h, t in zip(hidden_ND.split(rows), targets_N.split(rows))]
     return torch.cat(nats).view_as(targets_BT)
 
-# %% ../../nbs/model/09_evaluate.ipynb #9f329c76
+# %% ../../nbs/model/09_evaluate.ipynb #7ac5f8bd
 @torch.no_grad()
 def nats_by_document(
     model: nn.Module,
@@ -139,7 +139,7 @@ def nats_by_document(
     model.train(was_training)
     return sums
 
-
+# %% ../../nbs/model/09_evaluate.ipynb #95c3326e
 def by_domain(
     values: torch.Tensor,  # of each document
     windows: HeldOut,
@@ -159,7 +159,7 @@ def nats_by_domain(
     "Cross-entropy summed over the held-out tokens of each domain"
     return by_domain(nats_by_document(model, windows, rank, world_size, rows), windows)
 
-
+# %% ../../nbs/model/09_evaluate.ipynb #5b0163c6
 def held_out_result(
     nats: torch.Tensor,  # of each domain, summed over ranks
     windows: HeldOut,

@@ -105,7 +105,7 @@ def metadata(
     head = dict(language=["en"], license="other", license_name="licences-of-the-papers", library_name="transformers", pipeline_tag="text-generation", tags=["arxiv", "latex", "arxiv-study"])
     return yaml.safe_dump({**head, **({"model-index": measured} if metrics else {})}, sort_keys=False, allow_unicode=True)
 
-# %% ../../nbs/model/13_export.ipynb #262d4dfa
+# %% ../../nbs/model/13_export.ipynb #6ca15098
 CARD = """---
 {metadata}---
 
@@ -147,7 +147,7 @@ The model continues LaTeX; it follows no instructions, and what it states is not
 OPENS = "`AutoTokenizer.from_pretrained` opens its tokenizer; `tokenizer/` holds the same one for `arxiv_study.tokens.tokenizer.Tokenizer.load`. Both have given equal ids on the texts they were compared on."
 OWN_ONLY = "Its tokenizer is in `tokenizer/`, for `arxiv_study.tokens.tokenizer.Tokenizer.load`; for transformers it could not be written: {why}."
 
-
+# %% ../../nbs/model/13_export.ipynb #a63f73fc
 def model_card(
     result: dict,  # result.json
     tokenizer: str = OPENS,  # what is said of the tokenizer

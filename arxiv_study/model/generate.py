@@ -17,7 +17,7 @@ from .evaluate import held_out, tokenizer_of
 from .transformer import rotate
 from ..tokens.tokenizer import Tokenizer
 
-# %% ../../nbs/model/10_generate.ipynb #6cbcb9fb
+# %% ../../nbs/model/10_generate.ipynb #3c4fc82c
 def choose(
     logits_V: Tensor,
     temperature: float,  # 0 takes the likeliest
@@ -29,10 +29,10 @@ def choose(
     if temperature == 0: return int(logits_V.argmax())
     values, ids = logits_V.topk(min(top_k or len(logits_V), len(logits_V)))
     p = (values / temperature).softmax(-1)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the likeliest stays: nothing comes before it
+    p[1:] = p[1:].masked_fill((p.cumsum(-1) - p)[1:] >= top_p, 0)  # the likeliest stays, even at top_p 0
     return int(ids[torch.multinomial(p, 1, generator=generator)])
 
-# %% ../../nbs/model/10_generate.ipynb #08567525
+# %% ../../nbs/model/10_generate.ipynb #6e127072
 @dataclass
 class Cache:
     "Keys and values of the tokens so far, by layer"
@@ -58,7 +58,7 @@ def attend(
     y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=cache.n == 0)
     return attention.o_proj(y_BHTK.transpose(1, 2).flatten(2))
 
-
+# %% ../../nbs/model/10_generate.ipynb #745df80a
 def next_logits(
     model: nn.Module,
     ids_BT: Tensor,  # the new tokens: a whole prompt into an empty cache, or one
@@ -83,7 +83,7 @@ def first_seen(
     half = max(1, context // 2)
     return max(0, -(-(n_tokens - context) // half) * half)
 
-# %% ../../nbs/model/10_generate.ipynb #c0f1ae46
+# %% ../../nbs/model/10_generate.ipynb #9f663d66
 @torch.no_grad()
 def continue_ids(
     model: nn.Module,
@@ -109,7 +109,7 @@ def continue_ids(
     model.train(was_training)
     return ids[prompt:]
 
-
+# %% ../../nbs/model/10_generate.ipynb #2d4197b1
 def generate(
     model: nn.Module,
     tokenizer: Tokenizer,

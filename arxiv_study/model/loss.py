@@ -29,7 +29,7 @@ def piece_losses(
     logits_NV.scatter_add_(1, index_N1, -counts_N.to(logits_NV.dtype)[:, None])
     return nats, extra
 
-# %% ../../nbs/model/01_loss.ipynb #459538ae
+# %% ../../nbs/model/01_loss.ipynb #9d9ac77c
 class PieceByPiece(torch.autograd.Function):
     "Cross-entropy and z-loss of hidden states, a few tokens at a time, with gradients made in the forward pass"
     @staticmethod
@@ -65,7 +65,7 @@ def add_gradients(
     if dw_VD.dtype == d_NV.dtype: dw_VD.addmm_(d_NV.T, x_ND)
     else: dw_VD += d_NV.T @ x_ND
 
-
+# %% ../../nbs/model/01_loss.ipynb #079025f1
 def chunked_losses(
     x_BTD: Tensor,  # hidden states
     w_VD: Tensor,  # output matrix
@@ -77,7 +77,7 @@ def chunked_losses(
     x_ND = x_BTD.flatten(0, -2)
     return PieceByPiece.apply(x_ND, w_VD, targets_BT.flatten(), chunk or len(x_ND), z_loss, torch.is_grad_enabled())
 
-# %% ../../nbs/model/01_loss.ipynb #0131643b
+# %% ../../nbs/model/01_loss.ipynb #21853416
 class LiveBytes(TorchDispatchMode):
     "Counts the bytes of the tensors that are alive, from those made while it is on"
     def __init__(self):
@@ -103,7 +103,7 @@ class LiveBytes(TorchDispatchMode):
         self.live -= n_bytes
         del self.known[key]
 
-
+# %% ../../nbs/model/01_loss.ipynb #7bda3454
 def storages(
     values: list,  # tensors, other things, and lists of both
 ) -> list:  # of the tensors with memory

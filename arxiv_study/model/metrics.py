@@ -155,8 +155,8 @@ class TensorBoard:
 
     def close(self): self.writer.close()
 
-# %% ../../nbs/model/06_metrics.ipynb #45b6f94c
-MODULES = {"wandb": "WANDB_MODE", "swanlab": "SWANLAB_MODE", "trackio": None}  # and the variable that takes them online
+# %% ../../nbs/model/06_metrics.ipynb #96f1fe23
+MODULES = {"wandb": "WANDB_MODE", "trackio": None}  # and the variable that takes them online
 
 class ModuleTracker:
     "A module with the interface of W&B: init, log and finish"
@@ -188,9 +188,9 @@ class Guarded:
 
     def close(self): self.attempt(lambda t: t.close())
 
-# %% ../../nbs/model/06_metrics.ipynb #bce3733a
+# %% ../../nbs/model/06_metrics.ipynb #7633cb98
 def open_trackers(
-    names: tuple[str, ...],  # tensorboard, wandb, swanlab, trackio
+    names: tuple[str, ...],  # tensorboard, wandb, trackio
     out: Path,  # run folder
     config: dict,  # shown beside the run
 ) -> list[Guarded]:

@@ -348,8 +348,8 @@ def environment() -> dict:
     return dict(python=platform.python_version(), system=platform.platform(), cores=len(os.sched_getaffinity(0)), threads=torch.get_num_threads(),
                 ranks=int(os.environ.get("WORLD_SIZE", 1)), accelerator="cuda" if torch.cuda.is_available() else "cpu", memory_gib=round(psutil.virtual_memory().total / 2**30, 1), versions=versions)
 
-# %% ../../nbs/model/11_train.ipynb #fd18369e
-OUTPUTS = ("metrics.jsonl", "status.json", "result.json", "environment.json", "model.json", "model.safetensors", "checkpoints")
+# %% ../../nbs/model/11_train.ipynb #5f9faf4b
+OUTPUTS = ("metrics.jsonl", "status.json", "result.json", "environment.json", "model.json", "model.safetensors", "checkpoints", "tensorboard")
 
 def prepare_folder(config: RunConfig, out: Path, resume: bool):
     "Clear or check a run folder, by rank 0"
