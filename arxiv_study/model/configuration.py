@@ -74,7 +74,7 @@ def one_of(
     "Choices as an error names them"
     return f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
 
-# %% ../../nbs/model/00_configuration.ipynb #2f398a4d
+# %% ../../nbs/model/00_configuration.ipynb #b88bd997
 CHOICES = {"schedule": ("wsd", "cosine", "linear"), "precision": ("fp32", "bf16"), "activation_checkpointing": ("none", "selective", "full"), "zero_stage": (0, 1, 2)}
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class TrainingConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     z_loss: float = 0.0  # weight of the squared log of the softmax's denominator
-    loss_chunk: int | None = None  # tokens whose logits are held at a time; None: all of a micro-batch
+    loss_chunk: int | None = 256  # tokens whose logits are held at a time; None: all of a micro-batch
     zero_stage: int = 2
     activation_checkpointing: str = "full"  # of every block; selective: of every other one; none
     precision: str = "fp32"  # fp32 or bf16
