@@ -31,8 +31,8 @@ def product_steps(config, out):
 def bare_steps(config, batches, recompute):
     "The shortest loop that makes the same update."
     model = Transformer(config.model, seed=0)
-    model.recompute = recompute
     recipe = config.training
+    model.recompute, model.loss_chunk = recompute, recipe.loss_chunk
     optimizer = torch.optim.AdamW(parameter_groups(model, config.model, recipe), betas=recipe.betas, eps=recipe.eps)
     for ids_BT in itertools.cycle(batches):
         optimizer.zero_grad()
@@ -120,9 +120,7 @@ def memory(preset="desk-l", n_steps=4):
     "What recomputation and a chunked loss save, and cost."
     print(f"\n{preset}: forward and backward of {ROWS} x {CONTEXT} tokens, one thread")
     spawn = multiprocessing.get_context("spawn")
-    chunked = [("full", 256)] if hasattr(Transformer(PRESETS["smoke-xs"]), "loss_chunk") else []
-    if not chunked: print("  this model holds its logits whole: no row of a chunked loss")
-    for recompute, chunk in [("none", None), ("selective", None), ("full", None), *chunked]:
+    for recompute, chunk in [(r, c) for c in (None, TrainingConfig.loss_chunk) for r in ("none", "selective", "full")]:
         answer = spawn.Queue()
         process = spawn.Process(target=memory_of, args=(recompute, chunk, preset, n_steps, answer))
         process.start()
