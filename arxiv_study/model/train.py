@@ -6,7 +6,7 @@
 __all__ = ['OUTPUTS', 'Progress', 'Diverged', 'Preempted', 'Stop', 'Training', 'environment', 'prepare_folder', 'train',
            'Interrupted', 'heed_signals', 'note_failure', 'main']
 
-# %% ../../nbs/model/11_train.ipynb #e7b362fe
+# %% ../../nbs/model/11_train.ipynb #eeb0781c
 import argparse, ctypes, importlib.metadata, json, math, os, platform, resource, shutil, signal, statistics, sys, time, traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -18,7 +18,8 @@ from .configuration import RunConfig, flops_per_token, from_fields, n_hidden_par
 from .engine import build_engine, gradient_norm, join_ranks, time_collectives, timed, update
 from .evaluate import held_out, held_out_result, held_out_texts, nats_by_domain, unigram_byte_bits
 from .generate import generate
-from .optimization import Segment, has_diverged, is_spike, rate_factor, segments, warmup_steps
+from .guard import has_diverged, is_spike
+from .optimization import Segment, rate_factor, segments, warmup_steps
 from .metrics import Basis, hardware_flops_per_token, matmul_peak, memory, open_trackers, step_record
 from .transformer import summed_losses
 from ..settings import StudyError
