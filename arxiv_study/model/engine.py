@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLLECTIVES', 'import_deepspeed', 'EagerAdamW', 'join_ranks', 'engine_settings', 'build_engine', 'gradient_norm',
-           'update', 'timed', 'time_collectives']
+           'update', 'drop_gradients', 'timed', 'time_collectives']
 
 # %% ../../nbs/model/04_engine.ipynb #a3ba7afa
 import contextlib, importlib, inspect, math, os, sys, time
@@ -79,18 +79,24 @@ def build_engine(
     settings = engine_settings(training, rows, accumulation, sum(p.numel() for p in model.parameters()))
     return import_deepspeed().initialize(model=model, optimizer=optimizer, config=settings)[0]
 
-# %% ../../nbs/model/04_engine.ipynb #79bab3f2
+# %% ../../nbs/model/04_engine.ipynb #9052cb79
 def gradient_norm(
     engine,  # after the last micro-batch's backward
-) -> float | None:  # None where DeepSpeed tells it only after its step
-    "Global gradient norm before clipping, inf or nan where it is not finite; nothing is changed"
-    if hasattr(engine.optimizer, "scaled_global_norm"):
-        norm = float(engine.optimizer.scaled_global_norm()) / engine.optimizer.loss_scale
-        return norm if norm >= 0 else math.inf  # DeepSpeed masks a norm that is not finite as -1
-    if engine.bfloat16_enabled(): return None
-    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in engine.module.parameters()])))
+) -> float:  # inf where it is not finite
+    "Global gradient norm before clipping; nothing is changed"
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "scaled_global_norm"): norm = optimizer.scaled_global_norm()  # ZeRO-1 and 2
+    elif hasattr(optimizer, "_get_norm_groups"): norm = torch.linalg.vector_norm(torch.stack(_valid(optimizer._get_norm_groups())))  # ZeRO-3
+    else: norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in engine.module.parameters()]))
+    norm = float(norm) / getattr(optimizer, "loss_scale", 1.0)
+    return norm if norm >= 0 else math.inf  # DeepSpeed masks a norm that is not finite as -1
 
 
+def _valid(norms: list) -> list:
+    "Norms of groups; one that DeepSpeed masks as -1 must not become a good 1 when it is squared"
+    return [n if n >= 0 else torch.full_like(n, math.inf) for n in norms]
+
+# %% ../../nbs/model/04_engine.ipynb #51c8f1e9
 def update(
     engine,
     factor: float,  # share of the peak learning rate
@@ -100,13 +106,30 @@ def update(
     norm = gradient_norm(engine) if norm is None else norm
     for group in engine.optimizer.param_groups: group["lr"] = group["peak_lr"] * factor
     with _known(engine.optimizer, norm): engine.step()
-    return float(engine.get_global_grad_norm()) if norm is None else norm
+    return norm
 
 
-def _known(optimizer, norm: float | None):
+def _known(optimizer, norm: float):
     "A block in which ZeRO clips by a norm that is already known"
-    if norm is None or not hasattr(optimizer, "scaled_global_norm"): return contextlib.nullcontext()
-    return mock.patch.object(optimizer, "scaled_global_norm", lambda norm_type=2: torch.tensor(norm * optimizer.loss_scale))
+    scaled = torch.tensor(norm * getattr(optimizer, "loss_scale", 1.0))
+    if hasattr(optimizer, "scaled_global_norm"): return mock.patch.object(optimizer, "scaled_global_norm", lambda norm_type=2: scaled)
+    if hasattr(optimizer, "_get_norm_groups"): return mock.patch.object(optimizer, "_get_norm_groups", lambda: [scaled])
+    return contextlib.nullcontext()
+
+# %% ../../nbs/model/04_engine.ipynb #1956c904
+def drop_gradients(
+    engine,  # after the last micro-batch's backward
+):
+    "Forget the gradients: no weight, moment or count of Adam's changes, and the next step is as if the batch had not been"
+    optimizer = engine.optimizer
+    with contextlib.ExitStack() as left_out:
+        left_out.enter_context(mock.patch.object(getattr(optimizer, "optimizer", optimizer), "step", _nothing))
+        for name in ("_update_scale", "_lazy_init_hp_params_optimizer_state"):
+            if hasattr(optimizer, name): left_out.enter_context(mock.patch.object(optimizer, name, _nothing))
+        engine.step()
+
+
+def _nothing(*args, **options): pass
 
 # %% ../../nbs/model/04_engine.ipynb #d85d1956
 @contextlib.contextmanager
