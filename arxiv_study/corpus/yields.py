@@ -54,12 +54,12 @@ def reasons_with_cost(ledger:pl.DataFrame)->pl.DataFrame: # reason, stage, meani
     papers = ledger.filter(pl.col("fate") == "dropped").group_by("reason").agg(papers=pl.len().cast(pl.Int64))
     return reasons_table().join(papers, on="reason", how="left", maintain_order="left").with_columns(pl.col("papers").fill_null(0))
 
-# %% ../../nbs/corpus/14_yield.ipynb #ff0d575d
+# %% ../../nbs/corpus/14_yield.ipynb #e7433a8c
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999" # Okabe and Ito's colours, told apart by colour-blind readers
 
-def _flows(table:pl.DataFrame)->list[tuple[str,str,int,str]]: # source, target, papers, colour
+def _flows(table:pl.DataFrame, what:str="papers")->list[tuple[str,str,int,str]]: # source, target, papers, colour
     "The bands of the Sankey: stage to stage in blue, stage to reason in orange."
-    left, flows, here = table["papers"].sum(), [], "all papers"
+    left, flows, here = table["papers"].sum(), [], f"all {what}"
     for stage in Stage:
         rows = table.filter((pl.col("stage") == stage.value) & (pl.col("reason") != "kept"))
         if not len(rows): continue
@@ -70,22 +70,31 @@ def _flows(table:pl.DataFrame)->list[tuple[str,str,int,str]]: # source, target, 
         here = after
     return [(s, "kept" if t == here else t, n, c) for s, t, n, c in flows if n]
 
-# %% ../../nbs/corpus/14_yield.ipynb #5737d6d3
-def yield_sankey(ledger:pl.DataFrame)->go.Figure:
-    "Papers through the stages: what goes on, and what leaves for which reason."
+# %% ../../nbs/corpus/14_yield.ipynb #9df2aa00
+def _amounts(ledger:pl.DataFrame, measure:str)->pl.DataFrame: # see `yield_table`
+    "What became of the papers, with the sums of a column in their place."
     table = yield_table(ledger)
-    flows, kept = _flows(table), table.filter(pl.col("reason") == "kept")["papers"].sum()
+    if measure == "papers": return table
+    sums = ledger.group_by(pl.col("reason").fill_null("kept")).agg(papers=pl.col(measure).sum().cast(pl.Int64))
+    return table.drop("papers").join(sums, on="reason", how="left", maintain_order="left")
+
+def yield_sankey(ledger:pl.DataFrame,
+                 measure:str="papers" # or a column that is added up, such as tex_bytes
+                )->go.Figure:
+    "Papers through the stages, or what they hold: what goes on, and what leaves for which reason."
+    table, what = _amounts(ledger, measure), measure.replace("_", " ")
+    total, flows, kept = table["papers"].sum(), _flows(table, what), table.filter(pl.col("reason") == "kept")["papers"].sum()
     names = list(dict.fromkeys(n for s, t, *_ in flows for n in (s, t)))
     into = {t: n for _, t, n, _ in flows}
-    labels = [f"{n.replace('_', ' ')} {into.get(n, len(ledger)):,}" for n in names]
+    labels = [f"{n.replace('_', ' ')} {into.get(n, total):,}" for n in names]
     colours = {t: c for _, t, _, c in flows}
     figure = go.Figure(go.Sankey(arrangement="snap", node=dict(label=labels, color=[colours.get(n, BLUE) for n in names], pad=14, thickness=12),
         link=dict(source=[names.index(s) for s, *_ in flows], target=[names.index(t) for _, t, *_ in flows], value=[n for *_, n, _ in flows],
                   color=["rgba(0,114,178,.3)" if c == BLUE else "rgba(213,94,0,.35)" for *_, c in flows])))
     worst = table.filter(pl.col("reason") != "kept").sort("papers", descending=True).head(1)
     because = f"; the largest loss is {worst['reason'][0].replace('_', ' ')}, {worst['papers'][0]:,}" if len(worst) else ""
-    figure.update_layout(title=f"{kept:,} of {len(ledger):,} papers become text{because}", height=560, margin=dict(l=10, r=10, t=60, b=20), template="plotly_white")
-    figure.layout.meta = {"alt": f"Sankey diagram of {len(ledger):,} papers: {kept:,} are kept, the others leave at " + ", ".join(f"{s} ({n:,})" for s, n in _per_stage(table)) + "."}
+    figure.update_layout(title=f"{kept:,} of {total:,} {what} {'become text' if measure == 'papers' else 'are kept'}{because}", height=560, margin=dict(l=10, r=10, t=60, b=20), template="plotly_white")
+    figure.layout.meta = {"alt": f"Sankey diagram of {total:,} {what}: {kept:,} are kept, the others leave at " + ", ".join(f"{s} ({n:,})" for s, n in _per_stage(table)) + "."}
     return figure
 
 def _per_stage(table:pl.DataFrame)->list[tuple[str,int]]:
