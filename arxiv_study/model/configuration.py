@@ -74,8 +74,8 @@ def one_of(
     "Choices as an error names them"
     return f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
 
-# %% ../../nbs/model/00_configuration.ipynb #521f8536
-CHOICES = {"schedule": ("wsd", "cosine", "linear"), "precision": ("fp32", "bf16"), "activation_checkpointing": ("none", "selective", "full"), "zero_stage": (0, 1, 2)}
+# %% ../../nbs/model/00_configuration.ipynb #b6b655d1
+CHOICES = {"schedule": ("wsd", "cosine", "linear"), "precision": ("fp32", "bf16", "fp16"), "activation_checkpointing": ("none", "selective", "full"), "zero_stage": (0, 1, 2, 3)}
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -97,9 +97,9 @@ class TrainingConfig:
     eps: float = 1e-8
     z_loss: float = 0.0  # weight of the squared log of the softmax's denominator
     loss_chunk: int | None = 256  # tokens whose logits are held at a time; None: all of a micro-batch
-    zero_stage: int = 2
+    zero_stage: int = 2  # what the ranks share: 0 nothing, 1 moments and master weights, 2 gradients too, 3 weights too
     activation_checkpointing: str = "full"  # of every block; selective: of every other one; none
-    precision: str = "fp32"  # fp32 or bf16
+    precision: str = "fp32"  # fp32, bf16 or fp16
     checkpoint_every: int | None = None  # steps; None: at the end only
     evaluate_every: int | None = None  # steps; None: at branches and the end only
     max_seconds: float | None = None  # stop training (not evaluation) after this time
@@ -113,6 +113,8 @@ class TrainingConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices: raise StudyError(f"training.{name} is {getattr(self, name)!r}: use {one_of(choices)}")
         if self.branch_tokens and self.schedule != "wsd": raise StudyError("training.branch_tokens needs training.schedule wsd")
+        if self.precision == "fp16" and self.zero_stage == 0:
+            raise StudyError("training.precision fp16 needs training.zero_stage 1, 2 or 3: without ZeRO, DeepSpeed does not scale the loss")
         if self.noise_every is not None and self.noise_every < 1: raise StudyError(f"training.noise_every is {self.noise_every}: give steps from 1, or leave it out")
 
 # %% ../../nbs/model/00_configuration.ipynb #c2e64b86
