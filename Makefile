@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 # Named by content: nbdev-export touches pyproject.toml without changing it.
 INSTALLED := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 SITE ?= _site
-# export adds transformers, against which the peer tests compare.
-EXTRAS ?= dev,docs
+# baselines adds PPMd to the report; export adds transformers, against which the peer tests compare.
+EXTRAS ?= dev,docs,baselines
 
 # make study ARXIV=DIR SCALE=desk WORKSPACE=DIR ARGS="--only R01,R02"
 STUDY = $(if $(ARXIV),--arxiv "$(ARXIV)") $(if $(SCALE),--scale "$(SCALE)") $(if $(WORKSPACE),--workspace "$(WORKSPACE)") $(ARGS)

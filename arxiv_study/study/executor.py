@@ -191,8 +191,8 @@ def open_page(namespace:dict # `globals()` of the notebook, right after its para
     run = requested_run(p, runs)
     return Page(run, runs, settings, effective(run, settings, runs), run_folder(settings.workspace, settings.scale, run.id, settings.seed))
 
-# %% ../../nbs/study/03_executor.ipynb #0d1293d1
-WRITTEN = ("config.json", "environment.json", "metrics.jsonl", "status.json", "result.json", "checkpoints", "model.json", "model.safetensors", "tensorboard", "rank-*.log", ".meeting-*")
+# %% ../../nbs/study/03_executor.ipynb #15ef01a6
+WRITTEN = ("config.json", "environment.json", "metrics.jsonl", "status.json", "result.json", "baselines.json", "checkpoints", "model.json", "model.safetensors", "tensorboard", "rank-*.log", ".meeting-*")
 
 def clear_run(folder:Path):
     "Remove what an earlier attempt wrote; the notebook stays."
