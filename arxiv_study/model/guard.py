@@ -48,14 +48,14 @@ def has_diverged(
     smoothed = [sum(losses[k:k + width]) / width for k in range(0, len(losses) - width + 1)]
     return bool(smoothed) and smoothed[-1] > (min(guessing, smoothed[0]) + min(smoothed)) / 2 and smoothed[-1] > min(smoothed) + 0.1
 
-# %% ../../nbs/model/07_guard.ipynb #a659bfd1
+# %% ../../nbs/model/07_guard.ipynb #8d44e9f5
 @dataclass(frozen=True)
 class Decision:
     "What becomes of a step whose gradient is known and not yet used"
-    action: str  # take, skip, rollback or stop
+    action: str  # take, skip, rescale, rollback or stop
     is_spike: bool = False
     deviations: float | None = None  # of the loss from the median of its window; None: too few steps, or not finite
-    reason: str | None = None  # of a stop, and of a skip that was to be a rollback
+    reason: str | None = None  # of a stop, of a rescale, and of a skip that was to be a rollback
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,21 @@ class Standing:
     skips: int = 0  # in a row, up to now
     rollbacks: int = 0
     can_roll_back: bool = True  # a checkpoint exists
+    loss_scale: float = 1.0  # of fp16
 
-# %% ../../nbs/model/07_guard.ipynb #436ca664
+# %% ../../nbs/model/07_guard.ipynb #a6a496ed
 def decide(
     step: int,
     loss: float,  # over all ranks
-    grad_norm: float | None,  # of all ranks; None: known only when the step has been taken
+    grad_norm: float,  # of all ranks
     standing: Standing,
     guard: GuardConfig,
 ) -> Decision:
-    "Take a step, leave it out, go back before it, or stop"
-    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
-        if value is not None and not math.isfinite(value): return Decision("stop", reason=f"the {name} of step {step} is {value}")
+    "Take a step, leave it out, go back before it, or stop; the same on every rank"
+    if not math.isfinite(loss): return Decision("stop", reason=f"the loss of step {step} is {loss}")
+    if not math.isfinite(grad_norm):
+        if standing.loss_scale > 1: return Decision("rescale", reason=f"a gradient overflowed at a loss scale of {standing.loss_scale:g}")
+        return Decision("stop", reason=f"the gradient norm of step {step} is {grad_norm}")
     distance = deviations(loss, standing.losses, guard.window, guard.fewest)
     if distance is None or distance <= guard.threshold: return Decision("take", False, distance)
     if guard.on_spike == "record": return Decision("take", True, distance)
