@@ -1,11 +1,11 @@
-"""The optimizer step is what it says it is: every ZeRO stage against bare PyTorch, nothing compiled, and every launcher."""
-import json, os, subprocess, sys
+"""The optimizer step is what it says it is: every ZeRO stage and precision against bare PyTorch, steps that are dropped, nothing compiled, and every launcher."""
+import json, multiprocessing, os, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
 from arxiv_study.model.launch import launch
 from arxiv_study.storage import read_json
-from model_runs import asked, data, series
+from model_runs import TINY, asked, data, series
 
 
 def plain_series(data, config_path, ranks, n_steps):
@@ -47,6 +47,70 @@ def test_zero_stages_agree_with_plain_pytorch(data, tmp_path, name, layout, trai
         grown = 1 if step < 10 else 10  # sums in another order differ in the last bit of fp32, and training makes such differences grow
         assert loss == pytest.approx(loss_1, rel=2e-5 * grown), step
         assert norm == pytest.approx(norm_1, rel=2e-4 * grown), step
+
+
+def rank_does(work, rank, folder, send, arguments):
+    "One of two ranks, in a process of its own"
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", RENDEZVOUS=f"file://{folder}/rendezvous")
+    import torch
+    from arxiv_study.model.engine import join_ranks
+    torch.set_num_threads(1)
+    join_ranks(60)
+    send.send(work(rank, *arguments))
+    os._exit(0)
+
+
+def on_two_ranks(work, folder, *arguments):
+    "What two ranks return from a function of the rank, in order"
+    context, pipes, ranks = multiprocessing.get_context("spawn"), [], []
+    for rank in range(2):
+        receive, send = context.Pipe(duplex=False)
+        ranks.append(context.Process(target=rank_does, args=(work, rank, folder, send, arguments), daemon=True))
+        ranks[-1].start()
+        send.close()  # so that a rank that dies ends the waiting
+        pipes.append(receive)
+    try:
+        for pipe in pipes: assert pipe.poll(120), "a rank hangs"
+        return [pipe.recv() for pipe in pipes]
+    finally:
+        for r in ranks: r.kill()
+        for r in ranks: r.join()
+
+
+def stepped(rank, stage, precision, plan):
+    "Loss and gradient norm of each step, weights, and AdamW's counts of steps, after a plan of batches that are taken, dropped, or poisoned and dropped"
+    import torch
+    from arxiv_study.model.configuration import TrainingConfig
+    from arxiv_study.model.engine import build_engine, drop_gradients, gradient_norm, update, whole_weights
+    from arxiv_study.model.transformer import summed_loss
+    engine, found = build_engine(TINY, TrainingConfig(steps=9, zero_stage=stage, precision=precision, loss_chunk=16), rows=2, accumulation=2), []
+    for act, k in plan:
+        loss = 0.0
+        for m in range(2):
+            ids_BT = torch.randint(0, 258, (2, 65), generator=torch.Generator().manual_seed(10 * k + 2 * m + rank))
+            part = summed_loss(engine, ids_BT[:, :-1], ids_BT[:, 1:]) / (0 if act == "poison" else 128)
+            engine.backward(part)
+            if m == 0: engine.step()
+            loss += part.item() / 2
+        if act == "take": found.append((loss, update(engine, 1.0, gradient_norm(engine))))
+        else: drop_gradients(engine)
+    with whole_weights(engine): weights = [p.detach().float().numpy().copy() for p in engine.module.parameters()]
+    return found, weights, sorted({float(s["step"]) for s in engine.basic_optimizer.state.values()})
+
+
+def dropped_and_not(rank, cases):
+    "The same steps with and without batches that are dropped before, between and after them"
+    seen, unseen = [("drop", 7), ("take", 0), ("poison", 5), ("drop", 6), ("take", 1), ("drop", 8)], [("take", 0), ("take", 1)]
+    return [(stepped(rank, *case, seen), stepped(rank, *case, unseen)) for case in cases]
+
+
+def test_a_dropped_step_leaves_no_trace(tmp_path):
+    "At every ZeRO stage and precision: weights to the bit, losses, norms, and AdamW's count of steps"
+    cases = [(stage, precision) for precision in ("fp32", "bf16", "fp16") for stage in range(4) if (stage, precision) != (0, "fp16")]
+    for rank, results in enumerate(on_two_ranks(dropped_and_not, tmp_path, cases)):
+        for case, (seen, unseen) in zip(cases, results, strict=True):
+            assert seen[0] == unseen[0] and seen[2] == unseen[2] == [2.0], (rank, *case)
+            assert all(np.array_equal(a, b) for a, b in zip(seen[1], unseen[1], strict=True)), (rank, *case)
 
 
 def test_nothing_is_compiled_in_an_empty_home(data, tmp_path):
