@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLLECTIVES', 'uncompiled', 'import_deepspeed', 'EagerAdamW', 'join_ranks', 'engine_settings', 'build_engine',
-           'gradient_norm', 'update', 'drop_gradients', 'timed', 'time_collectives', 'Waited', 'whole_weights']
+           'gradient_norm', 'update', 'drop_gradients', 'loss_scale', 'rescale', 'timed', 'time_collectives', 'Waited',
+           'whole_weights']
 
 # %% ../../nbs/model/04_engine.ipynb #cc24b1e6
 import contextlib, importlib, inspect, math, os, sys, time
@@ -142,6 +143,21 @@ def drop_gradients(
 
 
 def _nothing(*args, **options): pass
+
+# %% ../../nbs/model/04_engine.ipynb #c5421ac5
+def loss_scale(
+    engine,
+) -> float:  # 1 in fp32 and bf16
+    "What the loss is multiplied by before the backward pass"
+    return float(getattr(engine.optimizer, "loss_scale", 1.0))
+
+
+def rescale(
+    engine,  # in fp16, after the last micro-batch's backward
+) -> float:  # the lower scale
+    "Drop gradients that overflowed, and lower the loss scale"
+    with _known(engine.optimizer, math.inf): engine.step()
+    return loss_scale(engine)
 
 # %% ../../nbs/model/04_engine.ipynb #d85d1956
 @contextlib.contextmanager
