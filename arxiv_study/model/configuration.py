@@ -74,7 +74,7 @@ def one_of(
     "Choices as an error names them"
     return f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
 
-# %% ../../nbs/model/00_configuration.ipynb #b6b655d1
+# %% ../../nbs/model/00_configuration.ipynb #0a5307df
 CHOICES = {"schedule": ("wsd", "cosine", "linear"), "precision": ("fp32", "bf16", "fp16"), "activation_checkpointing": ("none", "selective", "full"), "zero_stage": (0, 1, 2, 3)}
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ class TrainingConfig:
     evaluate_every: int | None = None  # steps; None: at branches and the end only
     max_seconds: float | None = None  # stop training (not evaluation) after this time
     noise_every: int | None = None  # steps between estimates of the gradient-noise scale; None: never
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the last so many
+    keep_best: bool = False  # and the one with the best held-out bits per byte
     seed: int = 0
 
     def __post_init__(self):
@@ -115,6 +116,9 @@ class TrainingConfig:
         if self.branch_tokens and self.schedule != "wsd": raise StudyError("training.branch_tokens needs training.schedule wsd")
         if self.precision == "fp16" and self.zero_stage == 0:
             raise StudyError("training.precision fp16 needs training.zero_stage 1, 2 or 3: without ZeRO, DeepSpeed does not scale the loss")
+        if self.keep_checkpoints < 1: raise StudyError(f"training.keep_checkpoints is {self.keep_checkpoints}: give a number from 1")
+        if self.keep_best and not (self.evaluate_every and self.checkpoint_every and self.checkpoint_every % self.evaluate_every == 0):
+            raise StudyError("training.keep_best needs training.evaluate_every, and training.checkpoint_every as a multiple of it: what is kept has been measured")
         if self.noise_every is not None and self.noise_every < 1: raise StudyError(f"training.noise_every is {self.noise_every}: give steps from 1, or leave it out")
 
 # %% ../../nbs/model/00_configuration.ipynb #c2e64b86
