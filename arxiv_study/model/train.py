@@ -6,7 +6,7 @@
 __all__ = ['OUTPUTS', 'Progress', 'Diverged', 'Preempted', 'Stop', 'Training', 'environment', 'prepare_folder', 'train',
            'Interrupted', 'heed_signals', 'note_failure', 'main']
 
-# %% ../../nbs/model/11_train.ipynb #eeb0781c
+# %% ../../nbs/model/11_train.ipynb #b1bf77a7
 import argparse, ctypes, importlib.metadata, json, math, os, platform, resource, shutil, signal, statistics, sys, time, traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -15,7 +15,7 @@ import psutil, torch
 from fastcore.basics import patch
 from .checkpoints import load_checkpoint, newest_whole, save_checkpoint, save_model, saved_names
 from .configuration import RunConfig, flops_per_token, from_fields, n_hidden_parameters, n_parameters, n_steps, read_run
-from .engine import build_engine, gradient_norm, join_ranks, time_collectives, timed, update
+from .engine import build_engine, gradient_norm, join_ranks, time_collectives, timed, update, whole_weights
 from .evaluate import held_out, held_out_result, held_out_texts, nats_by_domain, unigram_byte_bits
 from .generate import generate
 from .guard import has_diverged, is_spike
@@ -61,7 +61,7 @@ class Stop:
     armed: bool = False  # steps are being taken, so that there is something to save
     agreed: bool = False  # by all ranks
 
-# %% ../../nbs/model/11_train.ipynb #3fa3b738
+# %% ../../nbs/model/11_train.ipynb #6f41db0f
 class Training:
     "One run as one rank sees it"
     def __init__(self, config: RunConfig, out: Path, stop: Stop | None = None):
@@ -85,7 +85,7 @@ class Training:
 @patch
 def _basis(self: Training) -> Basis:
     "What this run's rates are held against; the ranks measure the machine together"
-    context, model, kind = self.batches.config.context, self.config.model, {"fp32": "float32", "bf16": "bfloat16"}[self.recipe.precision]
+    context, model, kind = self.batches.config.context, self.config.model, {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.recipe.precision]
     torch.distributed.barrier()
     [peak] = self.over_ranks(matmul_peak(self.engine.device.type, kind))
     return Basis(self.batches.bytes_per_token, flops_per_token(model, context), hardware_flops_per_token(model, context, self.recipe.activation_checkpointing), peak)
@@ -183,7 +183,7 @@ def checkpoint(self: Training, name: str):
         save_checkpoint(self.engine, self.out / "checkpoints", name, state, keep=(p.fork,) if p.fork else (), keep_last=self.recipe.keep_checkpoints)
     self.log(dict(event="checkpoint", step=p.step, name=name))
 
-# %% ../../nbs/model/11_train.ipynb #157bb522
+# %% ../../nbs/model/11_train.ipynb #61a032b8
 @patch
 def evaluate(self: Training) -> dict:
     "Held-out bits per byte of the model as it is"
@@ -191,7 +191,7 @@ def evaluate(self: Training) -> dict:
         e = self.config.eval
         self.texts = held_out_texts(Path(e["corpus_dir"]), e["split"], e["n_bytes"])
         self.windows = held_out(self.texts, self.tokenizer, self.batches.config.context)
-    with timed(self.seconds, "evaluate"):
+    with timed(self.seconds, "evaluate"), whole_weights(self.engine):
         nats = nats_by_domain(self.engine.module, self.windows, self.rank, self.world_size)
         found = held_out_result(torch.tensor(self.over_ranks(*nats.tolist()), dtype=torch.float64), self.windows)
     p = self.progress
@@ -308,21 +308,27 @@ def result(self: Training, found: dict | None, outcome: str, reason: str | None,
         throttle=[dict(mb_per_s=r, **{k: statistics.median(t[i] for t in p.throttled if t[0] == r) for k, i in (("step_s", 1), ("wait_s", 2))}) for r in rates],
         samples=samples)
 
-# %% ../../nbs/model/11_train.ipynb #0198c08e
+# %% ../../nbs/model/11_train.ipynb #213482cf
 @patch
 def finish(self: Training, found: dict | None, reason: str | None):
     "Write the model, samples and the result"
-    c = self.config
     self.peak_rss_gib = max(self.over_each_rank(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
-    if self.rank == 0:
-        broken = reason is not None or has_diverged(self.progress.losses, math.log(c.model.vocab_size))
-        reason = reason or ("the smoothed loss ended nearer to guessing than to its lowest value" if broken else None)
-        samples = [] if reason else [dict(prompt=p, text=generate(self.engine.module, self.tokenizer, p, 32, seed=i)) for i, p in enumerate(c.prompts)]
-        save_model(self.engine.module, self.out)
-        outcome = "diverged" if broken else "trained"
-        write_json(self.out / "result.json", self.result(found, outcome, reason, unigram_byte_bits(Path(c.corpus_dir), self.texts), samples))
-        write_json(self.out / "status.json", dict(state="done", outcome=outcome, reason=reason))
+    with whole_weights(self.engine):
+        if self.rank == 0: self.write_outputs(found, reason)
     torch.distributed.barrier()
+
+
+@patch
+def write_outputs(self: Training, found: dict | None, reason: str | None):
+    "What rank 0 leaves behind, of weights that are whole"
+    c = self.config
+    broken = reason is not None or has_diverged(self.progress.losses, math.log(c.model.vocab_size))
+    reason = reason or ("the smoothed loss ended nearer to guessing than to its lowest value" if broken else None)
+    samples = [] if reason else [dict(prompt=p, text=generate(self.engine.module, self.tokenizer, p, 32, seed=i)) for i, p in enumerate(c.prompts)]
+    save_model(self.engine.module, self.out)
+    outcome = "diverged" if broken else "trained"
+    write_json(self.out / "result.json", self.result(found, outcome, reason, unigram_byte_bits(Path(c.corpus_dir), self.texts), samples))
+    write_json(self.out / "status.json", dict(state="done", outcome=outcome, reason=reason))
 
 
 @patch
