@@ -141,21 +141,26 @@ def memory() -> dict:
     if torch is not None and torch.cuda.is_initialized(): found["device_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return found
 
-# %% ../../nbs/model/06_metrics.ipynb #cf11847a
+# %% ../../nbs/model/06_metrics.ipynb #3f9927d1
 class TensorBoard:
     "Event files that TensorBoard reads, written without TensorFlow"
     def __init__(self, out: Path, config: dict):
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
-        self.writer = EventFileWriter(str(Path(out) / "tensorboard"))
+        self.writer, self.last = EventFileWriter(str(Path(out) / "tensorboard")), math.inf
+
+    def add(self, step: int, **what):
+        from tensorboard.compat.proto import event_pb2
+        self.writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, **what))
 
     def log(self, numbers: dict, step: int):
         from tensorboard.compat.proto import event_pb2, summary_pb2
-        values = [summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in numbers.items()]
-        self.writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=values)))
+        if step <= self.last: self.add(step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+        self.add(step, summary=summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in numbers.items()]))
+        self.last = step
 
     def close(self): self.writer.close()
 
-# %% ../../nbs/model/06_metrics.ipynb #96f1fe23
+# %% ../../nbs/model/06_metrics.ipynb #abbb6145
 MODULES = {"wandb": "WANDB_MODE", "trackio": None}  # and the variable that takes them online
 
 class ModuleTracker:
@@ -164,9 +169,10 @@ class ModuleTracker:
         self.module, variable = importlib.import_module(name), MODULES[name]
         mode = dict(mode=os.environ.get(variable, "offline")) if variable else {}
         where = dict(dir=str(out)) if name == "wandb" else {}
-        self.module.init(project="arxiv-study", name=Path(out).name, config=config, **mode, **where)
+        self.module.init(project="arxiv-study", name="-".join(str(config[k]) for k in ("scale", "id", "seed") if k in config), config=config, **mode, **where)
+        if hasattr(self.module, "define_metric"): self.module.define_metric("*", step_metric="step")
 
-    def log(self, numbers: dict, step: int): self.module.log(numbers, step=step)
+    def log(self, numbers: dict, step: int): self.module.log({**numbers, "step": step})
 
     def close(self): self.module.finish()
 
