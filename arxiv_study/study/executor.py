@@ -9,7 +9,7 @@ __all__ = ['MINIATURE_PAPERS', 'TRAINING_NAMES', 'WRITTEN', 'build_once', 'sourc
            'last_step', 'execute_run', 'prepare_all', 'chosen', 'changes', 'execute_study', 'run_all', 'ending',
            'clear_leftovers', 'show_table']
 
-# %% ../../nbs/study/03_executor.ipynb #207c9a0e
+# %% ../../nbs/study/03_executor.ipynb #ea0218e1
 import json, os, shutil, sys, tempfile, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +23,7 @@ from ..settings import Settings, StudyError, load_settings
 from ..storage import clear_abandoned, fingerprint, read_json, read_jsonl, whole_file, write_json
 from .process import PAPERMILL, follow
 from .results import load_results, read_status, run_folder, table_of_runs
-from .runs import BASELINES, Run, RunConfig, changed, difference, effective, flat, model_config, read_runs, requested, requested_run, runs_folder, select
+from .runs import BASELINES, changed, difference, effective, flat, model_config, n_seeds, read_runs, requested, requested_run, Run, RunConfig, runs_folder, SEEDS, select
 from ..tokens.rows import training_papers
 from ..tokens.pack import pack
 from ..tokens.tokenizer import TokenizerConfig, seed_order, train_tokenizer
@@ -300,13 +300,14 @@ def prepare_all(configs:dict, # id -> RunConfig
 
 def _out(quiet:bool): return open(os.devnull, "w") if quiet else sys.stderr
 
-# %% ../../nbs/study/03_executor.ipynb #8ba7242e
-def chosen(settings:Settings, runs:dict, only, failed:bool, seeds:int)->list[tuple]: # (Run, RunConfig, Settings) in the order of the study
+# %% ../../nbs/study/03_executor.ipynb #4901dfb1
+def chosen(settings:Settings, runs:dict, only, failed:bool, seeds:int|None)->list[tuple]: # (Run, RunConfig, Settings) in the order of the study
     "Runs and seeds that are asked for and not done."
     out = []
-    for k in range(seeds):
+    for k in range(max(SEEDS) if seeds is None else seeds):
         s = replace(settings, seed=settings.seed+k)
         for run in select(runs, only).values():
+            if seeds is None and k >= n_seeds(run.id): continue
             state = read_status(run_folder(s.workspace, s.scale, run.id, s.seed))["state"]
             if not failed or state == "failed": out.append((run, effective(run, s, runs), s))
     return out
@@ -322,10 +323,11 @@ def changes(settings:Settings, runs:dict, only=None)->list[dict]: # rows of run,
 
 def _text(value): return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
-# %% ../../nbs/study/03_executor.ipynb #8d203cca
+# %% ../../nbs/study/03_executor.ipynb #3cd7959d
 def execute_study(settings:Settings, only=(), # ids; none for all
                   failed:bool=False, # repeat the failed ones alone
-                  dry_run:bool=False, seeds:int=1, quiet:bool=False, as_json:bool=False
+                  dry_run:bool=False, seeds:int|None=1, # None: as many as the design gives each run
+                  quiet:bool=False, as_json:bool=False
                  )->pl.DataFrame: # the table of runs; errors: StudyError where a run failed
     "Execute the runs that are not done, then write the report."
     runs = read_runs(runs_folder(settings))

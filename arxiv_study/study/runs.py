@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CORPUS', 'TOKENIZER', 'BATCHES', 'MODEL', 'TRAINING', 'SIZES', 'BASELINES', 'FAMILIES', 'KEYS', 'CHOICES',
-           'FRACTIONS', 'OPTIONAL', 'PARAMETERS', 'flat', 'model_config', 'Run', 'nearest', 'factor', 'impossible',
-           'check_run', 'read_run', 'read_runs', 'runs_folder', 'select', 'said', 'followed', 'RunConfig', 'effective',
-           'difference', 'changed', 'requested', 'requested_run']
+           'FRACTIONS', 'OPTIONAL', 'SEEDS', 'PARAMETERS', 'flat', 'model_config', 'Run', 'nearest', 'factor',
+           'impossible', 'check_run', 'read_run', 'read_runs', 'runs_folder', 'select', 'n_seeds', 'said', 'followed',
+           'RunConfig', 'effective', 'difference', 'changed', 'requested', 'requested_run']
 
 # %% ../../nbs/study/00_runs.ipynb #7d6fe0b3
 import math
@@ -202,6 +202,13 @@ def select(runs:dict, # id -> run
     for i in ids:
         if i not in runs: raise StudyError(f"there is no run {i!r}{nearest(i, runs)}", code=2)
     return {i: run for i, run in runs.items() if i in ids}
+
+# %% ../../nbs/study/00_runs.ipynb #8983be96
+SEEDS = {1: ("R05", "R12", "R21", "R22", "R23", "R24"), 5: ("R03", "R13", "R15", "R19", "R20")} # the others have three
+
+def n_seeds(id:str)->int:
+    "Seeds that the design gives a run at desk scale."
+    return next((n for n, ids in SEEDS.items() if id in ids), 3)
 
 # %% ../../nbs/study/00_runs.ipynb #58621129
 def _set(tree:dict, name:str, value):
