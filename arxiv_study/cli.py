@@ -262,7 +262,7 @@ def plan(call:Call, scale:Annotated[str, typer.Option(help="smoke, desk or paper
     from arxiv_study.model.plan import plan as make_plan
     show_rows(make_plan(scale=scale, gpus=gpus, gpu=gpu), f"{scale} on {gpus} × {gpu}", call.json)
 
-# %% ../nbs/90_cli.ipynb #0d3ae6e6
+# %% ../nbs/90_cli.ipynb #ae4a0560
 Scale = Annotated[Optional[str], typer.Option(help="smoke, desk or paper.")]
 
 @command
@@ -276,16 +276,18 @@ def run(call:Call, id:Annotated[str, typer.Argument(metavar="RUN", help="R01 …
 def study(call:Call, scale:Scale=None, only:Annotated[Optional[str], typer.Option(help="Runs, as R01,R02.")]=None,
           failed:Annotated[bool, typer.Option("--failed", help="Repeat what failed.")]=False,
           dry_run:Annotated[bool, typer.Option("--dry-run", help="Show what would be run.")]=False,
-          seeds:Annotated[int, typer.Option(min=1, help="How many seeds a run.")]=1, seed:Optional[int]=None):
+          seeds:Annotated[int, typer.Option(min=1, help="How many seeds a run.")]=1,
+          all_seeds:Annotated[bool, typer.Option("--all-seeds", help="As many seeds as the design gives each run: 1, 3 or 5.")]=False, seed:Optional[int]=None):
     "arXiv sources in, a finished study out: corpus, tokenizer, shards, the 24 runs and the report."
     from arxiv_study.study.executor import execute_study
-    execute_study(call.settings, only=tuple(only.split(",")) if only else (), failed=failed, dry_run=dry_run, seeds=seeds, quiet=call.quiet, as_json=call.json)
+    execute_study(call.settings, only=tuple(only.split(",")) if only else (), failed=failed, dry_run=dry_run, seeds=None if all_seeds else seeds, quiet=call.quiet, as_json=call.json)
 
 @command
-def report(call:Call, scale:Scale=None):
+def report(call:Call, scale:Scale=None,
+           keep:Annotated[Optional[Path], typer.Option(help="Also write the results there, without text and checkpoints: runs/results/SCALE is drawn from where there is no workspace.")]=None):
     "Figures, table and findings from the finished runs, as one HTML file."
     from arxiv_study.study.report import write_report
-    print(write_report(call.settings.workspace, call.settings.scale))
+    print(write_report(call.settings.workspace, call.settings.scale, call.settings, keep))
 
 @command
 def fit(call:Call, points:Annotated[Path, typer.Argument(metavar="POINTS.csv", help="Columns n_params, n_tokens (or flops) and loss.")]):
