@@ -49,7 +49,7 @@ def test_a_preempted_run_goes_on_where_it_stopped(data, tmp_path):
         if record.get("step") == 4 and "event" not in record: os.kill(next(p for p in ranks_alive(folder) if rank_of(p) == 1), signal.SIGTERM)
     with pytest.raises(StudyError, match="pre-empted by SIGTERM at step .* launch it again with resume"): launch(config, folder, ranks=2, on_line=preempt, poll_s=0.005)
     assert read_json(folder / "status.json")["state"] == "stopped" and ranks_alive(folder) == []
-    stopped_at = int(read_json(folder / "status.json")["reason"].split("step ")[1].split(";")[0])
+    stopped_at = int(read_json(folder / "status.json")["reason"].split("step ")[1].split()[0])
     result = launch(config, folder, ranks=2, resume=True)
     assert [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if r.get("event") == "resumed"] == [stopped_at]
     assert series(folder) == series(tmp_path / "whole") and result["heldout"] == read_json(tmp_path / "whole" / "result.json")["heldout"]
