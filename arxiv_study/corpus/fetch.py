@@ -32,7 +32,7 @@ from ..progress import Bar, duration
 from ..settings import StudyError
 from ..storage import clear_abandoned, file_sha256, fingerprint, read_json, whole_file, write_json
 
-# %% ../../nbs/corpus/15_fetch.ipynb #1717136b
+# %% ../../nbs/corpus/15_fetch.ipynb #bff4163e
 @dataclass(frozen=True)
 class FetchConfig:
     "Where arXiv is asked, and how politely: the section `[fetch]` of settings.ini."
@@ -40,12 +40,12 @@ class FetchConfig:
     eprints: str = "https://export.arxiv.org/e-print" # the id goes behind it
     bulk: str = "s3://arxiv" # where src/arXiv_src_manifest.xml is: any address that fsspec knows, or a folder
     contact: str = "" # an e-mail address that arXiv can write to before it blocks this machine
-    wait_s: float = 3 # at least, from one request to the next
+    wait_s: float = 3. # at least, from one request to the next
     tries: int = 6 # of one request
-    backoff_s: float = 5 # before the second try, doubled before each further one
-    most_wait_s: float = 900 # no wait is longer: beyond that the command ends and can be given again
-    timeout_s: float = 60 # without a byte
-    min_bytes_per_s: float = 500 # a slower answer is given up
+    backoff_s: float = 5. # before the second try, doubled before each further one
+    most_wait_s: float = 900. # no wait is longer: beyond that the command ends and can be given again
+    timeout_s: float = 60. # without a byte
+    min_bytes_per_s: float = 500. # a slower answer is given up
     max_page_bytes: int = 1<<28 # of a page of records; arXiv's have some 10 MB
     max_eprint_bytes: int = 1<<30
 
@@ -68,7 +68,7 @@ def fetch_config(path:Path|None=None, # a settings file
     for address in (config.oai, config.eprints): check_address(address, config.wait_s)
     return config
 
-# %% ../../nbs/corpus/15_fetch.ipynb #bae5df78
+# %% ../../nbs/corpus/15_fetch.ipynb #6c76fa04
 def _is_local(host:str|None)->bool: return host in ("localhost", "127.0.0.1", "::1")
 
 def check_address(address:str, wait_s:float): # errors: StudyError
@@ -78,7 +78,7 @@ def check_address(address:str, wait_s:float): # errors: StudyError
         raise StudyError(f"{address} is not an https address; only a server on this machine may be asked without encryption", code=2)
     if parts.username or parts.password: raise StudyError("an address of [fetch] holds a name or a password; arXiv asks for neither: remove them", code=2)
     if wait_s < FetchConfig.wait_s and f".{parts.hostname}".endswith(".arxiv.org"):
-        raise StudyError(f"wait_s is {wait_s:g}, but arXiv allows one request every {FetchConfig.wait_s} seconds; set it to {FetchConfig.wait_s} or more", code=2)
+        raise StudyError(f"wait_s is {wait_s:g}, but arXiv allows one request every {FetchConfig.wait_s:g} seconds; set it to {FetchConfig.wait_s:g} or more", code=2)
 
 # %% ../../nbs/corpus/15_fetch.ipynb #ed758b2b
 class Transient(Exception):
