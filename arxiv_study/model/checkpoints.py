@@ -357,7 +357,7 @@ def load_checkpoint(
     if found is None: raise StudyError(f"{path} was not accepted by DeepSpeed: resume with the ZeRO stage it was written with")
     return manifest["state"]
 
-# %% ../../nbs/model/08_checkpoints.ipynb #ec2078cd
+# %% ../../nbs/model/08_checkpoints.ipynb #55da6973
 MAY_CHANGE = {
     "training.checkpoint_every": "when the run is saved",
     "training.keep_checkpoints": "how many of those stay",
@@ -366,7 +366,6 @@ MAY_CHANGE = {
     "training.noise_every": "and its gradients' noise",
     "trackers": "who is told",
     "guard.collective_timeout_s": "how long ranks wait for each other",
-    "guard.step_timeout_s": "and the launcher for a step",
     "batches.prefetch": "when a batch is made, not which",
     "batches.rows": "how a step's sequences are divided, whose number stays",
     "batches.accumulation": "the same",
