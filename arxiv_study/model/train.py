@@ -6,7 +6,7 @@
 __all__ = ['OUTPUTS', 'LIFE', 'REMEDIES', 'Progress', 'Diverged', 'Preempted', 'Stop', 'Training', 'environment',
            'prepare_folder', 'train', 'Interrupted', 'heed_signals', 'note_end', 'told', 'give_up', 'main']
 
-# %% ../../nbs/model/11_train.ipynb #6ba2ffdf
+# %% ../../nbs/model/11_train.ipynb #9c2c1143
 import argparse, ctypes, errno, faulthandler, importlib.metadata, json, math, os, platform, resource, shutil, signal, statistics, sys, time, traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -26,6 +26,7 @@ from .transformer import summed_losses
 from ..settings import StudyError
 from ..storage import append_jsonl, read_json, write_json
 from ..tokens.batches import BatchConfig, Batches
+from ..tokens.devices import shards_folder
 from ..tokens.tokenizer import Tokenizer
 
 # %% ../../nbs/model/11_train.ipynb #434b4a43
@@ -64,7 +65,7 @@ class Stop:
     armed: bool = False  # steps are being taken, so that there is something to save
     agreed: bool = False  # by all ranks
 
-# %% ../../nbs/model/11_train.ipynb #fc2088fe
+# %% ../../nbs/model/11_train.ipynb #032f38dc
 class Training:
     "One run as one rank sees it"
     def __init__(self, config: RunConfig, out: Path, stop: Stop | None = None):
@@ -72,9 +73,9 @@ class Training:
         self.config, self.out, self.recipe = config, Path(out), config.training
         self.seconds, self.starting, self.progress = Counter(), Counter(), Progress()
         with timed(self.starting, "join"): self.rank, self.world_size = join_ranks(4 * config.guard.collective_timeout_s)  # the heartbeat notices a hang long before
-        with timed(self.starting, "tokenizer"): self.tokenizer = Tokenizer.load(Path(config.tokens_dir))
+        with timed(self.starting, "tokenizer"): self.tokenizer = Tokenizer.load(shards_folder(config.tokens_dir))
         _check_fit(config, self.tokenizer)
-        with timed(self.starting, "shards"): self.batches = Batches(Path(config.tokens_dir), from_fields(BatchConfig, config.batches, "batches"), self.rank, self.world_size, Path(config.corpus_dir))
+        with timed(self.starting, "shards"): self.batches = Batches(config.tokens_dir, from_fields(BatchConfig, config.batches, "batches"), self.rank, self.world_size, Path(config.corpus_dir))
         self.step_tokens = self.batches.tokens_per_step
         self.total = n_steps(self.recipe, config.model, self.step_tokens)
         self.plan = segments(self.recipe, self.total, self.step_tokens)
