@@ -19,7 +19,7 @@ class StudyError(Exception):
         super().__init__(message)
         self.code = code
 
-# %% ../nbs/00_settings.ipynb #3a2b2b2a
+# %% ../nbs/00_settings.ipynb #3482c529
 SCALES = ("smoke", "desk", "paper")
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Settings:
     engine: str = "local" # local, or dask://HOST:PORT
     seed: int = 0
     root: Path = Path(".") # the folder of settings.ini
+    file: Path|None = None # settings.ini itself, for who reads another of its sections
     origins: dict = field(default_factory=dict, compare=False) # name -> where its value came from
 
 # %% ../nbs/00_settings.ipynb #cf42cc02
@@ -42,7 +43,7 @@ def find_settings(start:Path=None, # where to begin; default: the working direct
     start = Path(start or ".").resolve()
     return next((p/name for p in (start, *start.parents) if (p/name).is_file()), None)
 
-# %% ../nbs/00_settings.ipynb #8ac1fa4e
+# %% ../nbs/00_settings.ipynb #fe5de5f6
 def _read_section(path:Path)->dict[str,str]:
     "The `[study]` section of a settings file; unknown names are refused with the nearest valid one."
     parser = configparser.ConfigParser(interpolation=None)
@@ -50,7 +51,7 @@ def _read_section(path:Path)->dict[str,str]:
     except (configparser.Error, UnicodeDecodeError) as e:
         raise StudyError(f"{path} cannot be read as settings ({' '.join(str(e).split())}); mend it or start from the one in the repository", code=2) from e
     if not parser.has_section("study"): raise StudyError(f"{path} has no [study] section; add one with the line [study]", code=2)
-    known = [f.name for f in fields(Settings) if f.name not in ("root", "origins")]
+    known = [f.name for f in fields(Settings) if f.name not in ("root", "file", "origins")]
     for key in parser["study"]:
         if key not in known: raise StudyError(f"{path}: unknown setting {key!r}{_nearest(key, known)}", code=2)
     return dict(parser["study"])
@@ -75,7 +76,7 @@ def _typed(name:str, value, root:Path, where:str):
         raise StudyError(f"{where}: engine is {value!r}, but must be local or dask://HOST:PORT", code=2)
     return value
 
-# %% ../nbs/00_settings.ipynb #4cce5130
+# %% ../nbs/00_settings.ipynb #591a2dec
 def load_settings(path:Path=None, # a settings file; default: searched upwards from the working directory
                   **overrides # settings that a command line gave; None means not given
                  )->Settings: # errors: StudyError with code 2 names file, setting and remedy
@@ -83,8 +84,8 @@ def load_settings(path:Path=None, # a settings file; default: searched upwards f
     if path and not Path(path).is_file(): raise StudyError(f"no settings file {path}; give an existing one with --settings", code=2)
     path = Path(path).resolve() if path else find_settings()
     root = path.parent if path else Path.cwd()
-    s = replace(Settings(), workspace=root/"work", root=root)
-    values, origins = {}, {f.name: "default" for f in fields(Settings) if f.name not in ("root", "origins")}
+    s = replace(Settings(), workspace=root/"work", root=root, file=path)
+    values, origins = {}, {f.name: "default" for f in fields(Settings) if f.name not in ("root", "file", "origins")}
     for k,v in (_read_section(path) if path else {}).items():
         values[k], origins[k] = _typed(k, v, root, str(path)), str(path)
     for k,v in overrides.items():
