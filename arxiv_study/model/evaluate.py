@@ -8,7 +8,7 @@ __all__ = ['LOGITS', 'TASK', 'Document', 'held_out_texts', 'HeldOut', 'window_bo
            'held_out_rows', 'tokenizer_of', 'measured_on', 'opened', 'evaluate_run', 'write_lm_eval_task',
            'unigram_byte_bits']
 
-# %% ../../nbs/model/09_evaluate.ipynb #0fe48aab
+# %% ../../nbs/model/09_evaluate.ipynb #4719120d
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from .checkpoints import load_model
 from .configuration import read_run
 from ..settings import StudyError
 from ..storage import read_json, write_json
+from ..tokens.devices import shards_folder
 from ..tokens.tokenizer import Tokenizer, TokenizerConfig, scan_papers
 
 # %% ../../nbs/model/09_evaluate.ipynb #ea07d52b
@@ -207,14 +208,14 @@ def _row(domain: str, table: pl.DataFrame) -> dict:
     return dict(domain=domain, documents=table.height, groups=groups.height, n_bytes=int(table["n_bytes"].sum()), n_tokens=n_tokens,
                 bits_per_byte=bits_per_byte, standard_error=error, perplexity=perplexity(table["bits"].sum() * math.log(2) / n_tokens))
 
-# %% ../../nbs/model/09_evaluate.ipynb #1f939294
+# %% ../../nbs/model/09_evaluate.ipynb #f072c0ae
 def tokenizer_of(
     folder: Path,  # a run folder, or one that was exported
 ) -> Tokenizer:
     "The tokenizer that a folder's model was trained with"
     folder = Path(folder)
     if not folder.is_dir(): raise StudyError(f"{folder} is no folder: give a finished run, or what it was exported to")
-    return Tokenizer.load(folder / "tokenizer" if (folder / "tokenizer").is_dir() else Path(read_run(folder / "config.json").tokens_dir))
+    return Tokenizer.load(folder / "tokenizer" if (folder / "tokenizer").is_dir() else shards_folder(read_run(folder / "config.json").tokens_dir))
 
 
 def measured_on(

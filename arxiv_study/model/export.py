@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'PLACES', 'CARD', 'OPENS', 'OWN_ONLY', 'llama_config', 'provenance', 'papers_by_licence', 'yield_rows',
            'table', 'held_out_table', 'metadata', 'model_card', 'add_fast_tokenizer', 'exported_weights', 'export_run']
 
-# %% ../../nbs/model/13_export.ipynb #57d2f9d5
+# %% ../../nbs/model/13_export.ipynb #3c11ca9b
 from dataclasses import asdict
 from pathlib import Path
 import polars as pl
@@ -20,6 +20,7 @@ from .configuration import ModelConfig, one_of, read_run
 from ..settings import StudyError
 from ..storage import fingerprint, read_json, whole_folder, write_json
 from ..tokens.exchange import write_fast_tokenizer
+from ..tokens.devices import shards_folder
 from ..tokens.tokenizer import Tokenizer, save_tokenizer, scan_papers
 
 # %% ../../nbs/model/13_export.ipynb #636b1d0d
@@ -39,7 +40,7 @@ def llama_config(
                 tie_word_embeddings=config.tied, attention_bias=False, bos_token_id=end_id, eos_token_id=end_id, pad_token_id=pad_id,
                 torch_dtype=str(DTYPES[dtype]).removeprefix("torch."))
 
-# %% ../../nbs/model/13_export.ipynb #bd27f579
+# %% ../../nbs/model/13_export.ipynb #f5385b3d
 PLACES = ("corpus_dir", "tokens_dir")  # names of folders on one machine, not part of what was asked
 
 def provenance(
@@ -50,7 +51,7 @@ def provenance(
     run, result = read_run(Path(folder) / "config.json"), read_json(Path(folder) / "result.json")
     asked = {k: v for k, v in asdict(run).items() if k not in PLACES}
     asked["eval"] = {k: v for k, v in run.eval.items() if k not in PLACES}
-    shards, manifest, environment = read_json(Path(run.tokens_dir) / "shards.json"), Path(run.corpus_dir) / "manifest.json", Path(folder) / "environment.json"
+    shards, manifest, environment = read_json(shards_folder(run.tokens_dir) / "shards.json"), Path(run.corpus_dir) / "manifest.json", Path(folder) / "environment.json"
     return dict(id=run.id, scale=run.scale, seed=run.seed, steps=result["steps"], config_fingerprint=fingerprint(asked), config=asked,
                 corpus=Path(run.corpus_dir).name, corpus_fingerprint=read_json(manifest).get("fingerprint") if manifest.is_file() else None,
                 shards_fingerprint=shards["fingerprint"], tokenizer_fingerprint=shards["tokenizer"],
@@ -174,7 +175,7 @@ def add_fast_tokenizer(
     except StudyError as e: return OWN_ONLY.format(why=e)
     return OWN_ONLY.format(why=f"{len(different)} of the texts it was compared on had other ids") if different else OPENS
 
-# %% ../../nbs/model/13_export.ipynb #c03ed888
+# %% ../../nbs/model/13_export.ipynb #55ae0001
 def exported_weights(
     model: torch.nn.Module,
     dtype: str,  # fp32, bf16 or fp16
@@ -190,7 +191,7 @@ def export_run(
 ) -> Path:
     "Write a finished run for Hugging Face transformers"
     model, run = load_model(folder), read_run(Path(folder) / "config.json")
-    dtype, tokenizer = dtype or run.training.precision, Tokenizer.load(Path(run.tokens_dir))
+    dtype, tokenizer = dtype or run.training.precision, Tokenizer.load(shards_folder(run.tokens_dir))
     if dtype not in DTYPES: raise StudyError(f"weights of type {dtype!r} cannot be written: use {one_of(tuple(DTYPES))}")
     config, origin = llama_config(model.config, tokenizer.end_id, tokenizer.pad_id, dtype), provenance(folder, dtype)
     with whole_folder(Path(out)) as part:

@@ -6,7 +6,7 @@
 __all__ = ['MOST_TOKENS', 'PPMD_ORDER', 'PPMD_BYTES', 'BASELINES_FILE', 'joined', 'texts_seen', 'ByteNgram', 'grams',
            'count_ngrams', 'probabilities', 'ngram_bits', 'ppmd_bits', 'run_baselines', 'kept_baselines']
 
-# %% ../../nbs/study/09_baselines.ipynb #7c02a295
+# %% ../../nbs/study/09_baselines.ipynb #f66889cf
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from ..model.evaluate import held_out_texts
 from ..settings import StudyError
 from ..storage import file_sha256, read_json, write_json
 from ..tokens.batches import BatchConfig, Batches
+from ..tokens.devices import shards_folder
 from ..tokens.rows import Lookup
 from ..tokens.tokenizer import Tokenizer
 
@@ -93,13 +94,13 @@ def ppmd_bits(seen:bytes, # training text
     before = n_bytes(seen)
     return [8.*(n_bytes(seen+t)-before) for t in texts]
 
-# %% ../../nbs/study/09_baselines.ipynb #804a843d
+# %% ../../nbs/study/09_baselines.ipynb #ef556424
 def run_baselines(folder:Path # a finished run, with packed rows
                  )->list[dict]: # model, bits_per_byte (None where it could not be computed), n_bytes read, n_held_out bytes
     "What the baselines reach on the run's held-out bytes, after the bytes that the run was served."
     config, result = read_run(Path(folder)/"config.json"), read_json(Path(folder)/"result.json")
-    batches = Batches(Path(config.tokens_dir), from_fields(BatchConfig, config.batches, "batches"), 0, result["ranks"], Path(config.corpus_dir))
-    try: seen = [t.encode() for t in texts_seen(batches, Tokenizer.load(Path(config.tokens_dir)), result["steps"])]
+    batches = Batches(config.tokens_dir, from_fields(BatchConfig, config.batches, "batches"), 0, result["ranks"], Path(config.corpus_dir))
+    try: seen = [t.encode() for t in texts_seen(batches, Tokenizer.load(shards_folder(config.tokens_dir)), result["steps"])]
     finally: batches.close()
     texts = [d.text.encode() for d in held_out_texts(Path(config.eval["corpus_dir"]), config.eval["split"], config.eval["n_bytes"])]
     n_seen, n_held_out = sum(map(len, seen)), sum(map(len, texts))
@@ -107,7 +108,7 @@ def run_baselines(folder:Path # a finished run, with packed rows
     costs = {"Witten–Bell 3-gram of bytes": [ngram_bits(model, t) for t in texts], f"PPMd of order {PPMD_ORDER}": ppmd_bits(b"\n".join(seen), texts)}
     return [dict(model=name, bits_per_byte=sum(bits)/n_held_out if bits else None, n_bytes=n_seen, n_held_out=n_held_out) for name, bits in costs.items()]
 
-# %% ../../nbs/study/09_baselines.ipynb #be0540e6
+# %% ../../nbs/study/09_baselines.ipynb #d040b2ad
 BASELINES_FILE = "baselines.json"
 
 def kept_baselines(folder:Path # a run
@@ -118,7 +119,7 @@ def kept_baselines(folder:Path # a run
     if not (result.is_file() and config.is_file()): return []
     of = file_sha256(result)
     if path.is_file() and (kept := read_json(path))["result"] == of: return kept["rows"]
-    if not (Path(read_json(config)["tokens_dir"])/"shards.json").is_file(): return []
+    if not (shards_folder(read_json(config)["tokens_dir"])/"shards.json").is_file(): return []
     rows = run_baselines(folder)
     write_json(path, dict(result=of, rows=rows))
     return rows

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ORDERS', 'LAYOUTS', 'SOURCES', 'ATTENTION', 'IGNORED', 'AT_ONCE', 'BatchConfig', 'Batch', 'Batches']
 
-# %% ../../nbs/tokens/08_batches.ipynb #5554e7d7
+# %% ../../nbs/tokens/08_batches.ipynb #1e57c558
 import threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import numpy as np, polars as pl
 from fastcore.basics import patch
 from ..settings import StudyError
 from ..storage import read_json
-from .devices import is_remote, localized, storage_class
+from .devices import shards_folder, storage_class
 from .order import MixtureOrder, RowOrder, density_parts, parts_of_rows, schedule
 from .rows import Lookup, PackedRows, PaddedRows, ShardSource, TextSource, training_papers, whole_densities
 from .tokenizer import Tokenizer, seed_order
@@ -67,7 +67,7 @@ class Batch:
     throttle:float|str|None # MB/s, or the storage class, that this step was held to
     documents:np.ndarray|None = None # int32 [accumulation, rows, context]: the paper of each token, where attention stays within documents
 
-# %% ../../nbs/tokens/08_batches.ipynb #38437d7a
+# %% ../../nbs/tokens/08_batches.ipynb #08a13b78
 class Batches:
     "Any batch of any rank, by number."
     def __init__(self, tokens_dir:Path|str, # packed folder, or the address of one elsewhere
@@ -76,7 +76,7 @@ class Batches:
                  corpus_dir:Path|None=None, # needed where the source is text
                  cache:Path|None=None): # for blocks fetched from elsewhere; default: ~/.cache/arxiv-study
         if not 0 <= rank < world_size: raise StudyError(f"rank {rank} does not exist among {world_size}")
-        if is_remote(tokens_dir): tokens_dir = localized(str(tokens_dir), cache or Path.home()/".cache"/"arxiv-study")
+        tokens_dir = shards_folder(tokens_dir, cache)
         self.config, self.rank, self.world_size = config, rank, world_size
         self.description, tokenizer = read_json(Path(tokens_dir)/"shards.json"), Tokenizer.load(tokens_dir)
         if tokenizer.fingerprint != self.description["tokenizer"]:
