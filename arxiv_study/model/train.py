@@ -207,7 +207,7 @@ def note_best(self: Training, name: str):
     if p.measured and p.measured[0] == p.step and (p.best is None or p.measured[1] < p.best["bits_per_byte"]):
         p.best = dict(name=name, step=p.step, bits_per_byte=p.measured[1])
 
-# %% ../../nbs/model/11_train.ipynb #a7faa538
+# %% ../../nbs/model/11_train.ipynb #f5d4503a
 @patch
 def evaluate(self: Training) -> dict:
     "Held-out bits per byte of the model as it is"
@@ -220,7 +220,7 @@ def evaluate(self: Training) -> dict:
         found = held_out_result(torch.tensor(self.over_ranks(*nats.tolist()), dtype=torch.float64), self.windows)
     p = self.progress
     if math.isfinite(found["loss"]): p.measured = [p.step, found["bits_per_byte"]]
-    self.log(dict(event="evaluation", step=p.step, tokens=round(p.step * self.step_tokens), bits_per_byte=found["bits_per_byte"] if math.isfinite(found["loss"]) else None, by_domain=found["by_domain"] if math.isfinite(found["loss"]) else None))
+    self.log(dict(event="evaluation", segment=self.plan[p.segment].name, step=p.step, tokens=round(p.step * self.step_tokens), bits_per_byte=found["bits_per_byte"] if math.isfinite(found["loss"]) else None, by_domain=found["by_domain"] if math.isfinite(found["loss"]) else None))
     return found
 
 # %% ../../nbs/model/11_train.ipynb #c4f3b47c
