@@ -1,7 +1,9 @@
-"""How runs end: dead ranks, stopped launchers, divergence; and what is left behind."""
-import os, signal, subprocess, sys, time
-import pytest
-from arxiv_study.model.launch import launch
+"""How runs end: dead, silent and deaf ranks, stopped launchers, full disks, divergence; and what is left behind."""
+import os, signal, subprocess, sys, threading, time
+from pathlib import Path
+import psutil, pytest
+from arxiv_study.model import launch as launching
+from arxiv_study.model.launch import launch, rank_environment
 from arxiv_study.settings import StudyError
 from arxiv_study.storage import read_json, read_jsonl
 from model_runs import asked, data, rank_of, ranks_alive, series
@@ -12,9 +14,163 @@ def test_a_dead_rank_fails_the_run_and_leaves_no_process(data, tmp_path):
     def kill_one(record):
         if record.get("step") == 3: os.kill(next(p for p in ranks_alive(folder) if rank_of(p) == 1), signal.SIGKILL)
     with pytest.raises(StudyError, match="failed") as e: launch(config, folder, ranks=2, on_line=kill_one)
-    assert read_json(folder / "status.json")["state"] == "failed"
-    assert "rank" in str(e.value) and not (folder / "result.json").exists()
+    status = read_json(folder / "status.json")
+    assert status["state"] == "failed" and status["reason"].startswith("rank 1 was killed by SIGKILL") and "launch again with resume" in status["reason"]
+    assert status["reason"] in str(e.value) and not (folder / "result.json").exists()
+    assert ranks_alive(folder) == [] and not list(folder.glob(".*"))
+
+
+SERIES = dict(steps=24, branch_tokens=[10 * 256], checkpoint_every=3)
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    "Every step of a run that nothing disturbs"
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    launch(asked(data, folder, **SERIES), folder, ranks=2)
+    return series(folder)
+
+
+def at_step(n, act):
+    "Called with each line of metrics: acts once, when step n has been logged"
+    once = []
+    def on_line(record):
+        if record.get("step") == n and "event" not in record and not once: once.append(act())
+    return on_line
+
+
+def signal_to(folder, number, *ranks):
+    for p in ranks_alive(folder):
+        if rank_of(p) in ranks: os.kill(p, number)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_is_named_and_the_run_goes_on_later(data, tmp_path, whole, rank):
+    "Held by SIGSTOP in the middle of training: the run fails within a few seconds of its patience, and resumed is the uninterrupted one"
+    config, folder, held_at = asked(data, tmp_path / "run", guard=dict(collective_timeout_s=4), **SERIES), tmp_path / "run", []
+    def hold():
+        signal_to(folder, signal.SIGSTOP, rank)
+        held_at.append(time.monotonic())
+    with pytest.raises(StudyError, match=f"rank {rank} was silent for over 4 s after step .*launch again with resume"): launch(config, folder, ranks=2, on_line=at_step(7, hold), poll_s=0.02)
+    assert time.monotonic() - held_at[0] < 4 + 5 + 6  # patience, grace, and a busy machine
+    status = read_json(folder / "status.json")
+    assert status["state"] == "failed" and f"rank {rank} was silent" in status["reason"]
+    assert ranks_alive(folder) == [] and not list(folder.glob(".*"))
+    launch(config, folder, ranks=2, resume=True)
+    assert series(folder) == whole
+
+
+def with_script(monkeypatch, script):
+    "Ranks that run a script with the arguments of the trainer; their processes"
+    started = []
+    def start(config, folder, ranks, resume):
+        for rank in range(ranks):
+            with open(folder / f"rank-{rank}.log", "wb") as log:
+                started.append(subprocess.Popen([sys.executable, "-c", script, str(config), "--out", str(folder), *["--resume"] * resume], stdout=log, stderr=subprocess.STDOUT,
+                                                start_new_session=True, env=rank_environment(rank, ranks, folder.resolve() / ".meeting-0")))
+        return started
+    monkeypatch.setattr(launching, "start_ranks", start)
+    return started
+
+
+WAITING = """
+import os, sys, threading, time
+from arxiv_study.model import train as t
+made, rank = t.Training.train_step, os.environ["RANK"]
+def step(self, step, factor, *more):
+    if step == 3 and rank == "1": {act}
+    return made(self, step, factor, *more)
+t.Training.train_step = step
+code = t.main()
+sys.stdout.flush(), os._exit(code)
+"""
+
+def test_ranks_that_wait_for_each_other_are_noticed(data, tmp_path, monkeypatch):
+    "All run, but one waits outside of the collective that the other is in"
+    config, folder = asked(data, tmp_path / "run", steps=8, guard=dict(collective_timeout_s=3)), tmp_path / "run"
+    started = with_script(monkeypatch, WAITING.format(act="threading.Event().wait()"))
+    with pytest.raises(StudyError, match=r"no rank got on for over 3 s after step 3 \(rank 0 in over_ranks.*rank 1 in .*launch again with resume"): launch(config, folder, ranks=2)
+    assert all(p.poll() is not None for p in started)
+
+
+def test_work_that_is_merely_long_raises_no_alarm(data, tmp_path, monkeypatch):
+    "One rank works for three times the patience while the other waits for it"
+    config, folder = asked(data, tmp_path / "run", steps=8, guard=dict(collective_timeout_s=3)), tmp_path / "run"
+    with_script(monkeypatch, WAITING.format(act="""
+        until, n = time.monotonic() + 9, 0
+        while time.monotonic() < until: n = sum(range(1000))"""))
+    assert launch(config, folder, ranks=2)["outcome"] == "trained"
+
+
+@pytest.mark.parametrize("step", [None, 4], ids=["at the start", "at step 4"])
+def test_sigterm_to_all_processes_at_once(data, tmp_path, whole, monkeypatch, step):
+    "As Slurm ends a job: launcher and ranks hear it together, and the launcher a second time; the ranks end with code 0 and go on later"
+    config, folder, started, made = asked(data, tmp_path / "run", **SERIES), tmp_path / "run", [], launching.start_ranks
+    def start(*args):
+        started.extend(made(*args))
+        if step is None: threading.Timer(1.0, terminate).start()
+        return started
+    def terminate():
+        for pid in [os.getpid(), *(p.pid for p in started), os.getpid()]: os.kill(pid, signal.SIGTERM)
+    with monkeypatch.context() as m, pytest.raises(StudyError, match="stopped: .*SIGTERM.* launch it again with resume"):
+        m.setattr(launching, "start_ranks", start)
+        launch(config, folder, ranks=2, on_line=at_step(step, terminate), poll_s=0.005)
+    assert read_json(folder / "status.json")["state"] == "stopped"
+    if step: assert [p.returncode for p in started] == [0, 0]
+    assert ranks_alive(folder) == [] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    launch(config, folder, ranks=2, resume=True)
+    assert series(folder) == whole
+
+
+def test_ranks_that_heed_nothing_are_killed_after_the_grace(data, tmp_path):
+    "Both held by SIGSTOP, then the launcher is interrupted"
+    config, folder = asked(data, tmp_path / "run", steps=100_000), tmp_path / "run"
+    def interrupt():
+        signal_to(folder, signal.SIGSTOP, 0, 1)
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): launch(config, folder, ranks=2, on_line=at_step(3, interrupt), grace_s=1)
     assert ranks_alive(folder) == []
+    assert read_json(folder / "status.json") == dict(state="failed", outcome=None, reason="stopped by KeyboardInterrupt and not saved within 1 s: launch it again with resume, which goes on from the newest checkpoint")
+
+
+FLOOD = r"""
+import os, sys
+if os.environ["RANK"] == "1":
+    for _ in range(100): sys.stdout.write("x" * (1 << 20))
+    sys.stdout.write("\nthe last line\n"), sys.stdout.flush()
+os._exit(int(os.environ["RANK"]))
+"""
+
+def test_a_flood_of_output_neither_blocks_nor_fills_the_launcher(data, tmp_path, monkeypatch):
+    config, folder, started = asked(data, tmp_path / "run", steps=8), tmp_path / "run", with_script(monkeypatch, FLOOD)
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(StudyError, match="rank 1 ended with code 1 before it could say why") as e: launch(config, folder, ranks=2)
+    assert (folder / "rank-1.log").stat().st_size > 100 << 20 and "the last line" in str(e.value)
+    assert len(str(e.value)) < 10_000 and psutil.Process().memory_info().rss - before < 20 << 20
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A disk of 24 MiB"
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", place], capture_output=True, text=True)
+    if done.returncode: pytest.skip(f"a small disk takes root: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_full_disk_fails_with_a_sentence_and_goes_on_later(data, tmp_path, small_disk, whole):
+    config, folder = asked(data, tmp_path / "run", **SERIES), small_disk / "run"
+    def fill():
+        with open(small_disk / "filler", "wb", buffering=0) as f:
+            try:
+                while True: f.write(bytes(4096))
+            except OSError: pass
+    with pytest.raises(StudyError, match="free some space|see to the space there"): launch(config, folder, ranks=2, on_line=at_step(7, fill), poll_s=0.005)
+    assert ranks_alive(folder) == [] and not (folder / "result.json").exists()
+    (small_disk / "filler").unlink()
+    launch(config, folder, ranks=2, resume=True)
+    assert series(folder) == whole
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
