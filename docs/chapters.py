@@ -117,8 +117,15 @@ def finished_runs(chapter:Chapter)->list[Path]:
     "Results that the build found in the workspace."
     return sorted((chapter.source.parents[1]/"work"/"runs").rglob("result.json"))
 
-def reading_only(nb:nbformat.NotebookNode)->nbformat.NotebookNode:
+def kept_scale(root:Path)->str|None:
+    "The largest scale whose results are kept in the repository."
+    return next((s for s in ("paper", "desk", "smoke") if (root/"runs"/"results"/s/"about.json").is_file()), None)
+
+def reading_only(nb:nbformat.NotebookNode, scale:str|None=None # that is read; None: as settings.ini says
+                )->nbformat.NotebookNode:
     "A family notebook executes what its workspace lacks; the site only reads."
+    given = next((i + 1 for i, c in enumerate(nb.cells) if "parameters" in c.metadata.get("tags", [])), None)
+    if scale and given: nb.cells.insert(given, code_cell(f"scale = {scale!r}", "unseen"))
     rule = "from arxiv_study.study.report import open_evidence\nopen_family = lambda family, namespace: open_evidence(namespace)[:2]"
     at = next((i + 1 for i, c in enumerate(nb.cells) if c.cell_type == "code" and "import" in c.source and "open_family" in c.source), None)
     if at: nb.cells.insert(at, code_cell(rule, "unseen"))
@@ -142,8 +149,9 @@ def execute(chapter:Chapter, # what to run
     kept = work/"executed"/f"{chapter.page.replace('/', '.')}-{execution_key(chapter, root)}.ipynb"
     if kept.exists(): return nbformat.read(kept, as_version=4)
     nb = with_documentation(chapter)
-    if is_run(chapter) and not finished_runs(chapter): return without_runs(nb)
-    if is_run(chapter): nb = reading_only(nb)
+    scale = None if finished_runs(chapter) else kept_scale(root)
+    if is_run(chapter) and not (finished_runs(chapter) or scale): return without_runs(nb)
+    if is_run(chapter): nb = reading_only(nb, scale)
     folder = work/"tree"/chapter.rel.parent
     client = NotebookClient(nb, timeout=timeout_s, resources={"metadata": {"path": str(folder)}},
                             skip_cells_with_tag="skip-execution", extra_arguments=["--log-level=ERROR"])
