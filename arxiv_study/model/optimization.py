@@ -62,7 +62,7 @@ def rate_factor(
     done = max(0.0, (step - warmup) / max(1, total - warmup))
     return rise * (1 - done if training.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
-# %% ../../nbs/model/03_optimization.ipynb #55f5b1cb
+# %% ../../nbs/model/03_optimization.ipynb #7c2fd95f
 def parameter_groups(
     model: nn.Module,  # a Transformer
     config: ModelConfig,
@@ -72,7 +72,7 @@ def parameter_groups(
     named = list(model.named_parameters())
     hidden = [p for n, p in named if ".layers." in n and p.dim() == 2]
     other = [p for n, p in named if not (".layers." in n and p.dim() == 2)]
-    lr_hidden = training.lr_hidden_at_2048 * 2048 / config.d_model * training.lr_multiplier
+    lr_hidden = training.lr_hidden_at_2048 * (2048 / config.d_model if training.lr_by_width else 1) * training.lr_multiplier
     lr_other = training.lr_other * training.lr_multiplier
     return [dict(params=hidden, peak_lr=lr_hidden, lr=lr_hidden, weight_decay=training.weight_decay),
-            dict(params=other, peak_lr=lr_other, lr=lr_other, weight_decay=0.0)]
+            dict(params=other, peak_lr=lr_other, lr=lr_other, weight_decay=training.weight_decay if training.decay_all else 0.0)]
