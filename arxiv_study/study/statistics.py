@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMALLEST_EFFECT', 'CONTRASTS', 'SUPPORTED', 'NOT_SUPPORTED', 'CANNOT_TELL', 'FEWEST_EVENTS', 'RATE_RATIO', 'Contrast',
-           'Noise', 'additive_noise', 'Difference', 'spreads_differ', 'paired_difference', 'holm_levels', 'verdict',
-           'Judged', 'judge_contrasts', 'bootstrap_share', 'threshold_verdict', 'rate_verdict']
+           'Noise', 'additive_noise', 'Difference', 'spreads_differ', 'paired_difference', 'mean_interval',
+           'holm_levels', 'verdict', 'Judged', 'judge_contrasts', 'bootstrap_share', 'threshold_verdict',
+           'rate_verdict']
 
 # %% ../../nbs/study/04_statistics.ipynb #b9c864c6
 import math
@@ -85,6 +86,14 @@ def paired_difference(losses:pl.DataFrame, # run, seed, bits_per_byte
     a, b = noise.spread[run], noise.spread[against]
     if not spreads_differ(a, b, n): return Difference(mean, noise.sd*math.sqrt(2/n), noise.df, n)
     return Difference(mean, math.sqrt((a*a+b*b)/n), (a*a+b*b)**2/((a**4+b**4)/(n-1)), n)
+
+# %% ../../nbs/study/04_statistics.ipynb #3f3a1048
+def mean_interval(values, level:float=.95)->tuple: # mean, low, high; no interval below three values
+    "The mean of independent values with Student's interval."
+    v = np.asarray(values, float)
+    if len(v) < 3: return (float(v.mean()) if len(v) else None), None, None
+    reach = float(stdtrit(len(v)-1, (1+level)/2))*v.std(ddof=1)/math.sqrt(len(v))
+    return float(v.mean()), float(v.mean()-reach), float(v.mean()+reach)
 
 # %% ../../nbs/study/04_statistics.ipynb #61e8b689
 def holm_levels(p_values:list # None where there is none
