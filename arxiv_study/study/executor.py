@@ -144,8 +144,8 @@ def budget(config:RunConfig, prepared:Prepared)->dict: # context, steps, tokens,
     enough = unique+context < read_json(prepared.tokens/"shards.json")["train_tokens"]
     return dict(context=context, steps=steps, tokens=served, unique_tokens=unique if enough and b["layout"] == "packed" else None)
 
-# %% ../../nbs/study/03_executor.ipynb #2a88651b
-TRAINING_NAMES = ("lr_hidden_at_2048", "lr_other", "lr_multiplier", "schedule", "decay_fraction", "clip", "weight_decay",
+# %% ../../nbs/study/03_executor.ipynb #8d7f342d
+TRAINING_NAMES = ("lr_hidden_at_2048", "lr_other", "lr_multiplier", "lr_by_width", "schedule", "decay_fraction", "clip", "weight_decay", "decay_all",
                   "zero_stage", "activation_checkpointing", "precision", "max_seconds")
 
 ON_THE_WAY = ("R03", "R19", "R20") # the orders of papers that the curriculum is judged by
