@@ -187,21 +187,21 @@ def is_there(out:Path, entry:TarEntry, notes:Path, verified:dict)->bool:
         _note(notes, entry)
     return True
 
-# %% ../../nbs/corpus/16_bulk.ipynb #8b97033b
+# %% ../../nbs/corpus/16_bulk.ipynb #6849b5f2
 def bill(todo:list[TarEntry], chosen:list[TarEntry], store:Store, notes:Path, usd_per_gb:float|None=None)->dict: # tars, gigabytes, dollars
     "What is about to be fetched, and what it costs."
     n_bytes = sum(e.size for e in todo) - sum(p.stat().st_size for e in todo if (p := notes/(Path(e.name).name + ".part")).exists())
     is_paid = store.address.startswith("s3://") or usd_per_gb is not None
     months = sorted(map(tar_month, chosen))
     return dict(source=store.address, months=f"{months[0]} to {months[-1]}" if months else "none", tars=len(chosen), there=len(chosen) - len(todo),
-                to_fetch_gb=round(n_bytes/1e9, 3), usd=round(transfer_usd(n_bytes, n_bytes//(16<<20) + len(todo), usd_per_gb), 2) if is_paid else 0.)
+                to_fetch_gb=round(n_bytes/1e9, 6), usd=round(transfer_usd(n_bytes, n_bytes//(16<<20) + len(todo), usd_per_gb), 2) if is_paid else 0.)
 
 def check_space(out:Path, gigabytes:float): # errors: StudyError
     "Refuse to begin what the disk cannot hold."
     free = shutil.disk_usage(out).free/1e9
     if gigabytes > free: raise StudyError(f"{gigabytes:,.1f} GB are to be fetched, but the disk of {out} has {free:,.1f} GB free; choose fewer months or a smaller --budget-gb")
 
-# %% ../../nbs/corpus/16_bulk.ipynb #6f43b0ea
+# %% ../../nbs/corpus/16_bulk.ipynb #749787e2
 def fetch_bulk(out:Path, config:FetchConfig=FetchConfig(), months:str|None=None, budget_gb:float|None=None, budget_usd:float|None=None, usd_per_gb:float|None=None,
                agree:Callable=lambda bill: True, # asked before anything but the manifest is fetched
                store:Store|None=None, sleep:Callable=time.sleep, quiet:bool=False)->dict: # the bill, and what came of it
@@ -217,7 +217,7 @@ def fetch_bulk(out:Path, config:FetchConfig=FetchConfig(), months:str|None=None,
         told = bill(todo, chosen, store, notes, usd_per_gb)
         check_space(out, told["to_fetch_gb"])
         if todo and not agree(told): return dict(told, fetched=0)
-        with Bar("tars", round(told["to_fetch_gb"], 3), every_s=float("inf") if quiet else 5., unit=" GB") as bar:
+        with Bar("tars", told["to_fetch_gb"], every_s=float("inf") if quiet else 5., unit=" GB") as bar:
             for entry in todo:
                 fetch_tar(store, entry, out, notes, config, sleep, bar)
                 _note(notes, entry)

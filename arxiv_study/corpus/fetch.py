@@ -189,9 +189,12 @@ def ask(self:Client, url:str, take:Callable): # errors: GivenUp after the last t
             self.sleep(wait_s)
     raise GivenUp(f"{url} failed {self.config.tries} times ({last}); give the same command again later, it goes on from here", last)
 
-# %% ../../nbs/corpus/15_fetch.ipynb #8da6d782
+# %% ../../nbs/corpus/15_fetch.ipynb #15a27793
 class _NoDoctype(ElementTree.TreeBuilder):
-    def doctype(self, *about): raise StudyError("the server sent XML with a document type, which may hide entities that grow without end; do not trust this server")
+    def doctype(self, name:str, *more):
+        "Stop at once; a web page has a harmless one, and says that the server is busy."
+        if name.lower() == "html": raise Transient("the answer is a page for people")
+        raise StudyError("the server sent XML with a document type, which may hide entities that grow without end; do not trust this server")
 
 _not_xml = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 

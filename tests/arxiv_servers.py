@@ -1,0 +1,213 @@
+"""Servers that speak arXiv's protocols, fed from an arXiv folder, with the manners of bad days.
+
+The OAI-PMH side follows arXiv's own server (github.com/arXiv/oaipmh): records in the order of their datestamps, a token that holds the query and how many
+records to skip, no token on the last page. E-prints come as arXiv sends them: gzipped, chunked, without an announced length."""
+import json, re, tarfile, threading, time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from xml.sax.saxutils import escape, quoteattr
+
+PHYSICS = set("astro-ph cond-mat gr-qc hep-ex hep-lat hep-ph hep-th math-ph nlin nucl-ex nucl-th physics quant-ph".split())
+WITHDRAWN = b"<!DOCTYPE html><html><body><h1>Withdrawn</h1>This paper has been withdrawn by its authors; no source is available.</body></html>"
+ROBOT = b"<!DOCTYPE html><html><head><title>arXiv</title></head><body>Please show that you are not a robot.</body></html>"
+
+
+def read_folder(folder):
+    "Records in the order of the snapshot, and payloads by id, without the help of the library."
+    records = [json.loads(line) for line in (Path(folder)/"arxiv-metadata-oai-snapshot.json").read_text(encoding="utf-8").splitlines()]
+    payloads = {}
+    for path in sorted((Path(folder)/"src").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if not member.isfile(): continue
+                stem = re.sub(r"\.(gz|pdf)$", "", member.name.rpartition("/")[2])
+                old = re.fullmatch(r"([a-z-]+)(\d{7})", stem)
+                payloads[f"{old[1]}/{old[2]}" if old else stem] = tar.extractfile(member).read()
+    return records, payloads
+
+
+def sets_of(record):
+    "The sets of a record, most precise ones."
+    cats = record["categories"].split()
+    return [f"{'physics' if (a := c.partition('.')[0]) in PHYSICS else a}:{c.replace('.', ':')}" for c in cats]
+
+
+def record_xml(r, prefix, deleted=False):
+    "A record as arXiv words it."
+    header = f"<identifier>oai:arXiv.org:{r['id']}</identifier><datestamp>{r['update_date']}</datestamp>" + "".join(f"<setSpec>{s}</setSpec>" for s in sets_of(r))
+    if deleted: return f'<record><header status="deleted">{header}</header></record>'
+    fields = {k: r.get(k) for k in ("title", "categories", "comments", "report-no", "journal-ref", "doi", "license", "abstract")}
+    rest = "".join(f"<{k}>{escape(v)}</{k}>" for k, v in fields.items() if v)
+    if prefix == "arXivRaw":
+        versions = "".join(f'<version version="{v["version"]}"><date>{v["created"]}</date><size>{v.get("size", "12kb")}</size>'
+                           + (f"<source_type>{v['source_type']}</source_type>" if v.get("source_type") else "") + "</version>" for v in r["versions"])
+        body = f"<submitter>{escape(r['submitter'] or '')}</submitter>{versions}<authors>{escape(r['authors'])}</authors>{rest}"
+    else:
+        from email.utils import parsedate_to_datetime
+        authors = "".join(f"<author><keyname>{escape(k)}</keyname><forenames>{escape(f)}</forenames></author>" for k, f, *_ in r["authors_parsed"])
+        body = f"<created>{parsedate_to_datetime(r['versions'][0]['created']):%Y-%m-%d}</created><authors>{authors}</authors>{rest}"
+    return f'<record><header>{header}</header><metadata><{prefix} xmlns="http://arxiv.org/OAI/{prefix}/"><id>{r["id"]}</id>{body}</{prefix}></metadata></record>'
+
+
+def oai_document(inside):
+    return ('<?xml version="1.0" encoding="UTF-8"?>\n<OAI-PMH xmlns="http://www.openarchives.org/OAI/2.0/">\n<responseDate>2026-11-26T10:00:00Z</responseDate>\n'
+            f"<request>http://arxiv.org/oai</request>\n{inside}\n</OAI-PMH>").encode()
+
+
+class Arxiv:
+    """What the server has, how it behaves, and what it was asked.
+
+    `fault(n, path)` is asked before the n-th answer, from 1, and names what goes wrong: busy, reset, cut, slow, robot, flip, expire, again, empty, big, endless, bomb, forbidden."""
+    def __init__(self, records, payloads, page=7, fault=lambda n, path: None, clock=time.monotonic, deleted=(), withdrawn=(), retry_after="7"):
+        self.records, self.payloads, self.page, self.fault, self.clock = records, payloads, page, fault, clock
+        self.deleted, self.withdrawn, self.retry_after = set(deleted), set(withdrawn), retry_after
+        self.asked, self.times, self.headers, self.now_open, self.most_open, self.lock = [], [], [], 0, 0, threading.Lock()
+
+    def error(self, code): return oai_document(f"<error code={quoteattr(code)}>{code}, says the server</error>")
+
+    def oai(self, query, expired=False, again=False):
+        "The answer to a query."
+        q = dict(parse_qsl(query))
+        if q.get("verb") == "GetRecord":
+            found = [r for r in self.records if q["identifier"] == f"oai:arXiv.org:{r['id']}"]
+            return oai_document(f"<GetRecord>{record_xml(found[0], q['metadataPrefix'])}</GetRecord>") if found else self.error("idDoesNotExist")
+        if q.get("verb") != "ListRecords": return self.error("badVerb")
+        skip = 0
+        if token := q.get("resumptionToken"):
+            if expired or len(q) > 2: return self.error("badResumptionToken")
+            q = dict(parse_qsl(unquote(token)))
+            skip = int(q.pop("skip"))
+            if again: skip = max(0, skip - self.page)
+        if q.get("metadataPrefix") not in ("arXiv", "arXivRaw"): return self.error("cannotDisseminateFormat")
+        found = [r for r in self.records if ("set" not in q or any(f"{s}:".startswith(f"{q['set']}:") for s in sets_of(r)))
+                 and q.get("from", "") <= r["update_date"] <= q.get("until", "9999")]
+        found.sort(key=lambda r: (r["update_date"], r["id"]))
+        if not found: return self.error("noRecordsMatch")
+        page, q["skip"] = found[skip:skip + self.page], skip + self.page
+        token = f"<resumptionToken expires='2026-11-27T00:00:00Z'>{escape(quote(urlencode(q)))}</resumptionToken>" if q["skip"] < len(found) else ""
+        return oai_document(f"<ListRecords>{''.join(record_xml(r, q['metadataPrefix'], r['id'] in self.deleted) for r in page)}{token}</ListRecords>")
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def log_message(self, *about): pass
+
+    def answer(self, status, data, kind, announced=True, **headers):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Connection", "close")
+        for name, value in headers.items(): self.send_header(name.replace("_", "-"), value)
+        self.send_header(*(("Content-Length", str(len(data))) if announced else ("Transfer-Encoding", "chunked")))
+        self.end_headers()
+        half = {"cut": len(data)//2}.get(self.fault, len(data))
+        if announced: self.wfile.write(data[:half])
+        else:
+            for start in range(0, half, 1000):
+                piece = data[start:min(start + 1000, half)]
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+            if self.fault != "cut": self.wfile.write(b"0\r\n\r\n")
+        self.close_connection = True
+
+    def do_GET(self):
+        a = self.server.arxiv
+        with a.lock:
+            a.asked.append(self.path); a.times.append(a.clock()); a.headers.append(dict(self.headers))
+            a.now_open += 1
+            a.most_open = max(a.most_open, a.now_open)
+            n = len(a.asked)
+        try: self.reply(a, n)
+        except (BrokenPipeError, ConnectionResetError): pass # whoever asked has left
+        finally:
+            with a.lock: a.now_open -= 1
+
+    def reply(self, a, n):
+        path, query = urlsplit(self.path).path, urlsplit(self.path).query
+        self.fault = a.fault(n, self.path)
+        if self.fault == "reset": self.close_connection = True; return
+        if self.fault == "busy": return self.answer(503, b"<html>busy</html>", "text/html", Retry_After=a.retry_after)
+        if self.fault == "forbidden": return self.answer(403, ROBOT, "text/html")
+        if self.fault == "robot": return self.answer(200, ROBOT, "text/html; charset=utf-8")
+        if self.fault == "empty": return self.answer(200, b"", "application/octet-stream")
+        if self.fault == "bomb": return self.answer(200, b'<!DOCTYPE a [<!ENTITY b "ha"><!ENTITY c "' + b"&b;"*99 + b'">]><a>&c;</a>', "text/xml")
+        if self.fault == "big": self.send_response(200); self.send_header("Content-Length", str(1<<45)); self.end_headers(); self.close_connection = True; return
+        if self.fault in ("slow", "endless"): return self.drip()
+        if path == "/oai": return self.answer(200, a.oai(query, self.fault == "expire", self.fault == "again"), "text/xml", announced=False)
+        if m := re.fullmatch(r"/moved/(.*)", path): return self.answer(301, b"", "text/html", Location=f"/e-print/{m[1]}")
+        if m := re.fullmatch(r"/away/(.*)", path): return self.answer(302, b"", "text/html", Location=f"http://localhost:9/e-print/{m[1]}")
+        paper = unquote(path.removeprefix("/e-print/"))
+        if paper in a.withdrawn: return self.answer(200, WITHDRAWN, "text/html; charset=utf-8")
+        if (data := a.payloads.get(paper)) is None: return self.answer(404, b"<html>no such paper</html>", "text/html")
+        if self.fault == "flip": data = data[:len(data)//2] + bytes([data[len(data)//2] ^ 1]) + data[len(data)//2 + 1:]
+        kind = "application/pdf" if data[:4] == b"%PDF" else "application/gzip"
+        self.answer(200, data, kind, announced=False, Content_Encoding="x-gzip")
+
+    def drip(self):
+        "Bytes one by one for ever, or very many."
+        self.send_response(200)
+        self.end_headers()
+        piece, wait_s = (b"x", .02) if self.fault == "slow" else (b"\x1f\x8b" + bytes(1<<16), 0)
+        while True:
+            self.wfile.write(piece)
+            self.wfile.flush()
+            time.sleep(wait_s)
+
+
+@contextmanager
+def serving(arxiv, context=None): # context: of TLS
+    "Yields the address of a server."
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads, server.arxiv, server.handle_error = True, arxiv, lambda *about: None
+    if context: server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=.05), daemon=True)
+    thread.start()
+    try: yield f"{'https' if context else 'http'}://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(5)
+
+
+class PaidBucket:
+    """Moto's S3 as a bucket whose readers pay: who does not say that they pay, or does not sign, is refused.
+
+    `fault(n)` is asked before the n-th GET of an object, from 1: cut or flip."""
+    def __init__(self, app, fault=lambda n: None): self.app, self.fault, self.n, self.sent, self.refused = app, fault, 0, 0, 0
+
+    def __call__(self, environ, start):
+        if environ["REQUEST_METHOD"] != "GET" or environ["PATH_INFO"].startswith("/moto-api"): return self.app(environ, start)
+        if "HTTP_AUTHORIZATION" not in environ or environ.get("HTTP_X_AMZ_REQUEST_PAYER") != "requester":
+            self.refused += 1
+            start("403 Forbidden", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
+        self.n += 1
+        fault = self.fault(self.n)
+        def started(status, headers, *more): # a store that rots does not tell the sum of what it sends
+            return start(status, [h for h in headers if fault != "flip" or not h[0].lower().startswith("x-amz-checksum")], *more)
+        data = b"".join(self.app(environ, started))
+        if fault == "flip": data = bytes([data[0] ^ 1]) + data[1:]
+        if fault == "cut": data = data[:len(data)//2]
+        self.sent += len(data)
+        return [data]
+
+
+@contextmanager
+def serving_s3(folder, bucket="arxiv", fault=lambda n: None): # folder: an arXiv folder
+    "Yields the address of an S3 server with the folder's src/ in a bucket whose readers pay, and the bucket."
+    import boto3
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+    guard = PaidBucket(DomainDispatcherApplication(create_backend_app), fault)
+    server = make_server("127.0.0.1", 0, guard, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}"
+        owner = boto3.client("s3", endpoint_url=address, region_name="us-east-1", aws_access_key_id="owner", aws_secret_access_key="owner")
+        owner.create_bucket(Bucket=bucket)
+        for path in sorted((Path(folder)/"src").iterdir()): owner.put_object(Bucket=bucket, Key=f"src/{path.name}", Body=path.read_bytes())
+        yield address, guard
+    finally:
+        server.shutdown()
+        thread.join(5)
