@@ -169,6 +169,24 @@ def test_every_stage_and_precision_goes_on_from_its_checkpoint(tmp_path):
             assert at_once[0] == (2**15 if case[1] == "fp16" else 1), case
 
 
+@pytest.mark.peer
+@pytest.mark.parametrize("total,warmup", [(100, 10), (50, 1), (33, 0), (240, 37)])
+def test_schedules_are_those_of_transformers(total, warmup):
+    "Cosine, linear and WSD, step by step; only that ours rises from 1/warmup, so that the first step is not wasted at a rate of 0"
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed; the extra export has it")
+    import torch
+    from arxiv_study.model.configuration import TrainingConfig
+    from arxiv_study.model.optimization import rate_factor, segments
+    decay = round(0.2 * total)
+    theirs = dict(cosine=lambda o: transformers.get_cosine_schedule_with_warmup(o, warmup, total), linear=lambda o: transformers.get_linear_schedule_with_warmup(o, warmup, total),
+                  wsd=lambda o: transformers.get_wsd_schedule(o, warmup, decay, num_training_steps=total, decay_type="linear"))
+    for schedule, make in theirs.items():
+        factor = make(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)).lr_lambdas[0]
+        training = TrainingConfig(steps=total, schedule=schedule, decay_fraction=0.2)
+        ours = [rate_factor(k, s, training, warmup, total) for s in segments(training, total, 1) for k in range(s.start, s.stop)]
+        assert ours == pytest.approx([factor(k + 1 if k < warmup else k) for k in range(total)], abs=1e-12), schedule
+
+
 @pytest.mark.parametrize("zero_stage,precision", [(2, "fp32"), (3, "bf16")])
 def test_nothing_is_compiled_in_an_empty_home(data, tmp_path, zero_stage, precision):
     "No C++ extension is built, no compiler is imported, and the ranks start without what a home directory may hold"
