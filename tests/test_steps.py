@@ -169,6 +169,18 @@ def test_every_stage_and_precision_goes_on_from_its_checkpoint(tmp_path):
             assert at_once[0] == (2**15 if case[1] == "fp16" else 1), case
 
 
+def test_a_zero3_run_is_measured_and_written_whole(data, tmp_path):
+    "Branches, evaluations on the way, samples and weights on two ranks: as under ZeRO-2, where each rank has all weights anyhow"
+    from safetensors.numpy import load_file
+    for stage in (2, 3): launch(asked(data, tmp_path / f"{stage}", steps=8, zero_stage=stage, branch_tokens=[4 * 256], evaluate_every=3), tmp_path / f"{stage}", ranks=2)
+    two, three = (read_json(tmp_path / stage / "result.json") for stage in "23")
+    assert three["outcome"] == "trained" and three["samples"] == two["samples"] and len(three["branches"]) == 2
+    for a, b in zip(three["branches"], two["branches"], strict=True): assert a["bits_per_byte"] == pytest.approx(b["bits_per_byte"], rel=1e-5)
+    weights = [load_file(tmp_path / stage / "model.safetensors") for stage in "23"]
+    assert weights[0].keys() == weights[1].keys()
+    for name, values in weights[0].items(): np.testing.assert_allclose(weights[1][name], values, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.peer
 @pytest.mark.parametrize("total,warmup", [(100, 10), (50, 1), (33, 0), (240, 37)])
 def test_schedules_are_those_of_transformers(total, warmup):
