@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['by_group', 'keep', 'kept_evidence']
 
-# %% ../../nbs/study/10_kept.ipynb #b449e34c
+# %% ../../nbs/study/10_kept.ipynb #9d08146a
 import json, shutil
 from pathlib import Path
 import polars as pl
 from ..settings import StudyError
+from .convergence import EVALUATIONS, NOISE
 from ..storage import read_json, read_jsonl, whole_file, whole_folder, write_json
 from .findings import Evidence, gather, size_points, with_sizes
 from .results import SCHEMA, load_result, read_status, result_row, run_folder, thinned
@@ -24,7 +25,7 @@ def by_group(papers:dict, # run -> frame of id, n_tokens, n_bytes
     table = pl.concat(rows).group_by("run", "group").agg(pl.col("n_tokens", "n_bytes").sum().cast(pl.Int64))
     return table.with_columns((pl.col("group").rank("dense")-1).cast(pl.Int64)).sort("run", "group")
 
-# %% ../../nbs/study/10_kept.ipynb #e8885ae5
+# %% ../../nbs/study/10_kept.ipynb #f2298bb7
 def keep(workspace:Path, scale:str, runs:dict, # id -> Run
          out:Path, # runs/results/SCALE; what it held before is replaced
          arxiv:Path|None=None, # for groups.csv
@@ -41,6 +42,8 @@ def keep(workspace:Path, scale:str, runs:dict, # id -> Run
         with whole_file(folder/"runs.jsonl", "w") as f: f.writelines(json.dumps(line, ensure_ascii=False)+"\n" for line in lines)
         (pl.concat(steps) if steps else pl.DataFrame(schema=dict(run=pl.String))).write_parquet(folder/"steps.parquet", compression="zstd")
         by_group(e.papers, e.groups).write_csv(folder/"papers.csv")
+        e.evaluations.write_csv(folder/"evaluations.csv")
+        e.noise.with_columns(pl.col(pl.Float64).cast(pl.Float32)).write_parquet(folder/"noise.parquet", compression="zstd")
         if e.ledger is not None: e.ledger.write_csv(folder/"ledger.csv")
         write_json(folder/"about.json", dict(scale=scale, environment=e.environment, baselines=list(baselines)))
     shutil.rmtree(out, ignore_errors=True)
@@ -51,7 +54,7 @@ def _placeless(status:dict, workspace:Path)->dict:
     "A status whose reason does not tell where on a machine the workspace was."
     return status | {"reason": status["reason"] and status["reason"].replace(str(Path(workspace).resolve()), "WORKSPACE").replace(str(workspace), "WORKSPACE")}
 
-# %% ../../nbs/study/10_kept.ipynb #45998518
+# %% ../../nbs/study/10_kept.ipynb #e97f0488
 def kept_evidence(folder:Path, # runs/results/SCALE
                   runs:dict)->Evidence: # errors: StudyError where nothing was kept there
     "The evidence of a scale from what was kept."
@@ -64,4 +67,5 @@ def kept_evidence(folder:Path, # runs/results/SCALE
     of_run = lambda frame: {id[0]: f.drop("run") for id, f in frame.group_by("run", maintain_order=True)}
     found = {(l["run"], l["seed"]): l["result"] for l in lines}
     return Evidence(about["scale"], with_sizes(results, runs, about["scale"]), size_points(found, runs), of_run(papers), of_run(steps), {},
-                    pl.read_csv(ledger) if ledger.is_file() else None, about["baselines"], about["environment"])
+                    pl.read_csv(ledger) if ledger.is_file() else None, about["baselines"], about["environment"],
+                    pl.read_csv(folder/"evaluations.csv", schema=EVALUATIONS), pl.read_parquet(folder/"noise.parquet").cast(NOISE))
