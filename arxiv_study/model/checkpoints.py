@@ -291,7 +291,7 @@ def _tidied(folder: Path, run: str) -> tuple[str | None, list[str]]:
         os.rename(folder / damaged, aside)
     return name, warnings
 
-# %% ../../nbs/model/08_checkpoints.ipynb #52e0556d
+# %% ../../nbs/model/08_checkpoints.ipynb #2bf386f9
 RECORDS = ("deepspeed.utils.tensor_fragment.fragment_address", "deepspeed.runtime.fp16.loss_scaler.LossScaler",
            "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler", "deepspeed.runtime.zero.config.ZeroStageEnum")
 
@@ -309,12 +309,17 @@ def _vet(path: Path, run: str | None):
     "Compare this rank's share of a checkpoint with the manifest, and look what its pickles would call"
     share = slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size())
     verified_state(path, run, share)
-    with only_numbers():
-        for name in [n for n in list(read_manifest(path)["files"])[share] if n.endswith(".pt")]:
-            if strange := torch.serialization.get_unsafe_globals_in_checkpoint(path / name):
-                raise StudyError(f"{path / name} would call {strange[0]}, which no checkpoint of a run does")
+    for name in [n for n in list(read_manifest(path)["files"])[share] if n.endswith(".pt")]:
+        if strange := _strangers(path / name): raise StudyError(f"{path / name} would call {strange[0]}, which no checkpoint of a run does")
 
-# %% ../../nbs/model/08_checkpoints.ipynb #d6646944
+
+def _strangers(path: Path) -> list[str]:
+    "What a file would call besides the records; read as text, nothing is called"
+    with only_numbers():
+        try: return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except (ValueError, RuntimeError, pickle.UnpicklingError) as e: raise StudyError(f"{path} is no file of PyTorch's ({e})")
+
+# %% ../../nbs/model/08_checkpoints.ipynb #45272a52
 def to_universal(
     path: Path,  # a verified checkpoint under ZeRO
     out: Path,  # folder to write
@@ -336,10 +341,21 @@ def _universal(engine, path: Path):
     groups = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
     try:
         with mock.patch.object(engine._config, "load_universal_checkpoint", True): yield copy
-        for group, before in zip(engine.optimizer.param_groups, groups): group.update(before)  # at stage 3 DeepSpeed gives all groups the rates of the first
+        _apart(engine.optimizer, groups)
     finally:
         torch.distributed.barrier()
         if torch.distributed.get_rank() == 0: shutil.rmtree(copy, ignore_errors=True)
+
+# %% ../../nbs/model/08_checkpoints.ipynb #f7908c76
+def _apart(
+    optimizer,  # of an engine that has just read a universal checkpoint
+    groups: list[dict],  # of its parameters, as they were before
+):
+    "To each group its own rates again, and its own count of steps"
+    for group, before in zip(optimizer.param_groups, groups): group.update(before)
+    inner = getattr(optimizer, "optimizer", optimizer)
+    for state in inner.state.values():
+        if torch.is_tensor(state.get("step")): state["step"] = state["step"].clone()
 
 # %% ../../nbs/model/08_checkpoints.ipynb #aee30d05
 def load_checkpoint(
