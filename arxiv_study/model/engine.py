@@ -35,11 +35,12 @@ def import_deepspeed():  # the module
     deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
-# %% ../../nbs/model/04_engine.ipynb #3b61732b
+# %% ../../nbs/model/04_engine.ipynb #758a8215
 def _bare(method): return inspect.unwrap(method)
 
 class EagerAdamW(torch.optim.AdamW):
-    "AdamW whose methods do not load the compiler"
+    "AdamW in one pass, whose methods do not load the compiler"
+    def __init__(self, groups: list[dict], **options): super().__init__(groups, fused=True, **options)
     step = torch.no_grad()(_bare(torch.optim.AdamW.step))
     zero_grad, add_param_group = _bare(torch.optim.AdamW.zero_grad), _bare(torch.optim.AdamW.add_param_group)
     state_dict, load_state_dict = _bare(torch.optim.AdamW.state_dict), _bare(torch.optim.AdamW.load_state_dict)
