@@ -130,7 +130,7 @@ def loss_bytes(
     piece = 8 * c * v if wide else max((10 if several else 8) * c * v, 6 * c * v + 2 * v * d)
     return 2 * e * n * d + 8 * n + 4 * v * d + piece, 2 * e * n * d + 8 * v * d + (0 if wide else 2 * v * d)
 
-# %% ../../nbs/model/14_plan.ipynb #38bfb181
+# %% ../../nbs/model/14_plan.ipynb #39e782ee
 BUCKET = 200_000_000  # elements, as our engine's settings have it
 LIVE = 1_000_000_000  # weights that DeepSpeed's ZeRO-3 lets be whole at a time
 
@@ -143,7 +143,7 @@ def state_bytes(
     "Weights, gradients, optimizer and buckets"
     n, e, stage = n_parameters(config), BYTES[recipe.precision], recipe.zero_stage
     split = lambda first: n_devices if stage >= first else 1
-    twice = 2 if stage == 2 and recipe.accumulation > 1 else 1
+    twice = 2 if stage == 2 and recipe.accumulation > 1 and n > BUCKET else 1
     master = 0 if stage == 0 and e == 4 else 4
     gathered = e * min(n, LIVE) if stage == 3 and n_devices > 1 else 0
     return dict(weights=e * n // split(3) + gathered, gradients=twice * e * n // split(2), optimizer=(8 + master) * n // split(1), buckets=e * min(n, BUCKET) if stage else 0)
@@ -190,7 +190,7 @@ def update_bytes(
     largest = max(config.vocab_size, config.d_ffn) * config.d_model
     return 1.0, (0 if recipe.precision == "fp32" else 4 * n) + (8 * largest if cpu else 4 * group)
 
-# %% ../../nbs/model/14_plan.ipynb #8f37711b
+# %% ../../nbs/model/14_plan.ipynb #975d7d82
 PARTS = ("weights", "gradients", "optimizer", "buckets", "activations", "logits", "working")
 
 
@@ -204,7 +204,7 @@ def memory_moments(
     "Memory of one device at each moment that may be the peak"
     state = state_bytes(config, recipe, n_devices)
     share, working = update_bytes(config, recipe, n_devices, device.cpu)
-    found = backward_moments(config, recipe, device.cpu, accumulated) + [dict(moment="update", working=working, share=share)]
+    found = backward_moments(config, recipe, device.cpu, accumulated or recipe.zero_stage == 3) + [dict(moment="update", working=working, share=share)]
     for m in found: m["gradients"] = int(m.pop("share") * state["gradients"])
     return [dict(moment=m["moment"]) | {k: m.get(k, state.get(k, 0)) for k in PARTS} for m in found]
 
@@ -252,7 +252,7 @@ def _lines(text: str, width: int = 100) -> list[str]:
     import textwrap
     return textwrap.wrap(text, width)
 
-# %% ../../nbs/model/14_plan.ipynb #75974484
+# %% ../../nbs/model/14_plan.ipynb #59b17857
 def ring_bytes(
     kind: str,  # all_reduce, reduce_scatter or all_gather
     n_bytes: float,  # of the whole tensor
@@ -262,16 +262,16 @@ def ring_bytes(
     return {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}[kind] * n_bytes * (n_devices - 1) / n_devices
 
 
-def collectives(recipe: Recipe) -> dict:  # kind -> times a step, each over all parameters
+def collectives(config: ModelConfig, recipe: Recipe) -> dict:  # kind -> times a step, each over all parameters
     "What a step says to other devices"
-    a = recipe.accumulation
-    return {0: dict(all_reduce=1), 1: dict(all_reduce=1, all_gather=1), 2: dict(all_reduce=a, all_gather=1), 3: dict(reduce_scatter=a, all_gather=2 * a)}[recipe.zero_stage]
+    a, gathers = recipe.accumulation, 2 if n_parameters(config) > LIVE else 1
+    return {0: dict(all_reduce=1), 1: dict(all_reduce=1, all_gather=1), 2: dict(all_reduce=a, all_gather=1), 3: dict(reduce_scatter=a, all_gather=gathers * a)}[recipe.zero_stage]
 
 
 def sent_bytes(config: ModelConfig, recipe: Recipe, n_devices: int) -> float:  # by each device in a step
     "Traffic of a step"
     size = BYTES[recipe.precision] * n_parameters(config)
-    return sum(times * ring_bytes(kind, size, n_devices) for kind, times in collectives(recipe).items())
+    return sum(times * ring_bytes(kind, size, n_devices) for kind, times in collectives(config, recipe).items())
 
 
 def communication_s(config: ModelConfig, recipe: Recipe, n_devices: int, device: Device) -> float:  # a step
