@@ -6,7 +6,8 @@
 __all__ = ['app', 'SHARED', 'Out', 'EPRINTS', 'RECORDS', 'TARS', 'OWN', 'TextFolder', 'RunFolder', 'TrainedFolder', 'Scale',
            'Call', 'command', 'show_rows', 'machine', 'doctor', 'arxiv_folder', 'miniature', 'agreed', 'listed_ids',
            'source', 'fetch', 'option', 'corpus_values', 'corpus', 'yield_', 'tokenizer', 'pack', 'train', 'evaluate',
-           'export', 'generate', 'plan', 'run', 'study', 'report', 'fit', 'docs', 'lab', 'main']
+           'export', 'generate', 'show_parts', 'planned', 'plan', 'run', 'study', 'report', 'fit', 'docs', 'lab',
+           'main']
 
 # %% ../nbs/90_cli.ipynb #0d11c885
 import functools, inspect, json as json_format, os, sys
@@ -266,7 +267,7 @@ def pack(call:Call, text:TextFolder, tokenizer:Annotated[Path, typer.Option(help
     shards = read_json(pack_shards(text, tokenizer, out, workers=workers)/"shards.json")
     show_rows([{"shards": str(out), **{k: v for k, v in shards.items() if isinstance(v, (int, float, str))}}], as_json=call.json)
 
-# %% ../nbs/90_cli.ipynb #64b60220
+# %% ../nbs/90_cli.ipynb #a2b8a10a
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder, with config.json and checkpoints.")]
 
 @command
@@ -306,11 +307,33 @@ def generate(call:Call, folder:TrainedFolder, prompt:Annotated[str, typer.Option
     from arxiv_study.model.generate import generate_from_run
     print(generate_from_run(folder, prompt, n_tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=call.settings.seed))
 
+# %% ../nbs/90_cli.ipynb #ed429825
+def show_parts(rows:list, # dictionaries with the same keys, "part" among them
+               title:str, as_json:bool=False):
+    "Print rows as a table a part, or all of them as JSON."
+    if as_json: return show_rows(rows, as_json=True)
+    print(title)
+    for part in dict.fromkeys(r["part"] for r in rows): show_rows([{k: v for k, v in r.items() if k != "part"} for r in rows if r["part"] == part], part)
+
+def planned(help:str, panel:str="The recipe", **more): return typer.Option(help=help, rich_help_panel=panel, **more)
+
+# %% ../nbs/90_cli.ipynb #449e661f
 @command
-def plan(call:Call, scale:Annotated[str, typer.Option(help="smoke, desk or paper.")]="paper", gpus:Annotated[int, typer.Option(min=1)]=2, gpu:str="a100-80gb"):
-    "Parameters, FLOPs, days, memory and storage of a full run, before it is paid for."
-    from arxiv_study.model.plan import plan as make_plan
-    show_rows(make_plan(scale=scale, gpus=gpus, gpu=gpu), f"{scale} on {gpus} × {gpu}", call.json)
+def plan(call:Call, scale:Annotated[str, typer.Option(help="smoke, desk or paper.")]="paper",
+         gpus:Annotated[int, planned("How many devices.", "The machine", min=1)]=2, gpu:Annotated[str, planned("a100-80gb, a100-40gb, h100-80gb or two-cores.", "The machine")]="a100-80gb",
+         mfu:Annotated[float, planned("Utilisation that rates are given at.", "The machine")]=.4, storage_mb_s:Annotated[float, planned("What the storage delivers; default: a SATA SSD.", "The machine", min=.001)]=560.,
+         price:Annotated[Optional[float], planned("Of a device for an hour, in any currency.", "The machine", min=0)]=None,
+         tokens:Annotated[Optional[int], planned("Budget.", min=1)]=None, rows:Annotated[Optional[int], planned("Sequences of a micro-batch.", min=1)]=None,
+         accumulation:Annotated[Optional[int], planned("Micro-batches of a step.", min=1)]=None, context:Annotated[Optional[int], planned("Tokens of a sequence.", min=1)]=None,
+         zero:Annotated[Optional[int], planned("ZeRO stage, 0 to 3.")]=None, precision:Annotated[Optional[str], planned("fp32, bf16 or fp16.")]=None,
+         recomputation:Annotated[Optional[str], planned("none, selective (every other block) or full.")]=None,
+         loss_chunk:Annotated[Optional[int], planned("Tokens whose logits are held at a time; 0: all of a micro-batch.", min=0)]=None,
+         vocab:Annotated[Optional[int], planned("Entries of the vocabulary.", min=1)]=None):
+    "Parameters, FLOPs, days, memory, traffic, storage and cost of a full run, before it is paid for."
+    from arxiv_study.model.plan import Site, plan as make_plan
+    given = dict(tokens=tokens, rows=rows, accumulation=accumulation, context=context, zero_stage=zero, precision=precision, recomputation=recomputation)
+    changed = {k: v for k, v in given.items() if v is not None} | ({} if loss_chunk is None else dict(loss_chunk=loss_chunk or None))
+    show_parts(make_plan(scale, gpus, gpu, mfu, vocab, Site(storage_mb_s, price=price), **changed), f"{scale} on {gpus} × {gpu}", call.json)
 
 # %% ../nbs/90_cli.ipynb #ae4a0560
 Scale = Annotated[Optional[str], typer.Option(help="smoke, desk or paper.")]
