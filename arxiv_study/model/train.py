@@ -6,22 +6,23 @@
 __all__ = ['OUTPUTS', 'LIFE', 'REMEDIES', 'Progress', 'Diverged', 'Preempted', 'Stop', 'Training', 'environment',
            'prepare_folder', 'train', 'Interrupted', 'heed_signals', 'note_end', 'told', 'give_up', 'main']
 
-# %% ../../nbs/model/11_train.ipynb #9c2c1143
+# %% ../../nbs/model/11_train.ipynb #78990d97
 import argparse, ctypes, errno, faulthandler, importlib.metadata, json, math, os, platform, resource, shutil, signal, statistics, sys, time, traceback
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import psutil, torch
 from fastcore.basics import patch
 from ..heartbeat import Heartbeat
-from .checkpoints import load_checkpoint, newest_for_all, read_manifest, refuse_differences, run_identity, save_checkpoint, save_model
+from .checkpoints import load_checkpoint, newest_for_all, read_manifest, refuse_differences, run_identity, save_checkpoint, save_model, saved_names, together, verified_state
 from .configuration import RunConfig, flops_per_token, from_fields, n_hidden_parameters, n_parameters, n_steps, read_run
-from .engine import build_engine, gradient_norm, join_ranks, time_collectives, timed, update, whole_weights
-from .evaluate import held_out, held_out_result, held_out_texts, nats_by_domain, unigram_byte_bits
+from .engine import build_engine, drop_gradients, gradient_norm, join_ranks, loss_scale, rescale, time_collectives, timed, update, whole_weights
+from .evaluate import by_domain, held_out, held_out_result, held_out_rows, held_out_texts, nats_by_document, unigram_byte_bits
 from .generate import generate
-from .guard import has_diverged, is_spike
+from .guard import Decision, Standing, decide, has_diverged
 from .optimization import Segment, rate_factor, segments, warmup_steps
-from .metrics import Basis, hardware_flops_per_token, matmul_peak, memory, open_trackers, step_record
+from .metrics import Basis, StepClock, hardware_flops_per_token, matmul_peak, memory, open_trackers, step_record
+from .noise import GradientNoise, mean_squares, noise_event, smoothed_scale, variance_and_signal
 from .transformer import summed_losses
 from ..settings import StudyError
 from ..storage import append_jsonl, read_json, write_json
@@ -29,7 +30,7 @@ from ..tokens.batches import BatchConfig, Batches
 from ..tokens.devices import shards_folder
 from ..tokens.tokenizer import Tokenizer
 
-# %% ../../nbs/model/11_train.ipynb #434b4a43
+# %% ../../nbs/model/11_train.ipynb #86a187d7
 @dataclass
 class Progress:
     "Position and history of a run; the same on every rank"
@@ -39,8 +40,14 @@ class Progress:
     grad_norms: list = field(default_factory=list)
     step_s: list = field(default_factory=list)
     throttled: list = field(default_factory=list)  # (MB/s, step_s, wait_s) of each step
-    n_targets: int = 0  # on the path
-    spikes: int = 0
+    n_targets: int = 0  # served on the path
+    spikes: int = 0  # those taken back by rollbacks among them
+    skipped: int = 0  # steps that changed no weight
+    skips: int = 0  # of them, spikes in a row up to now
+    rollbacks: int = 0
+    offset: int = 0  # batches that rollbacks left out: step k learns from batch k + offset
+    saved: list = field(default_factory=list)  # checkpoints on the path
+    noise: list = field(default_factory=list)  # (tr(Sigma), |G|^2) of each estimate
     fork: str | None = None  # checkpoint that the trunk goes on from
     measured: list = field(default_factory=list)  # step and held-out bits per byte of the latest evaluation
     best: dict | None = None  # of the checkpoints that were measured: name, step, bits_per_byte
@@ -65,7 +72,7 @@ class Stop:
     armed: bool = False  # steps are being taken, so that there is something to save
     agreed: bool = False  # by all ranks
 
-# %% ../../nbs/model/11_train.ipynb #032f38dc
+# %% ../../nbs/model/11_train.ipynb #b4a3b2a2
 class Training:
     "One run as one rank sees it"
     def __init__(self, config: RunConfig, out: Path, stop: Stop | None = None):
@@ -75,6 +82,7 @@ class Training:
         with timed(self.starting, "join"): self.rank, self.world_size = join_ranks(4 * config.guard.collective_timeout_s)  # the heartbeat notices a hang long before
         with timed(self.starting, "tokenizer"): self.tokenizer = Tokenizer.load(shards_folder(config.tokens_dir))
         _check_fit(config, self.tokenizer)
+        _check_noise(config, self.world_size)
         with timed(self.starting, "shards"): self.batches = Batches(config.tokens_dir, from_fields(BatchConfig, config.batches, "batches"), self.rank, self.world_size, Path(config.corpus_dir))
         self.step_tokens = self.batches.tokens_per_step
         self.total = n_steps(self.recipe, config.model, self.step_tokens)
@@ -103,7 +111,13 @@ def _check_fit(config: RunConfig, tokenizer: Tokenizer):
         raise StudyError(f"model.vocab_size is {config.model.vocab_size} and the tokenizer of {config.tokens_dir} has {tokenizer.vocab_size} entries: raise it")
     if context > config.model.context: raise StudyError(f"batches.context is {context} and model.context {config.model.context}: raise model.context")
 
-# %% ../../nbs/model/11_train.ipynb #e282623e
+
+def _check_noise(config: RunConfig, ranks: int):
+    "Refuse to compare micro-batches where a step has only one"
+    if config.training.noise_every and ranks * config.batches.get("accumulation", BatchConfig.accumulation) < 2:
+        raise StudyError("training.noise_every compares the micro-batches of a step, and there is one: use more ranks or batches.accumulation")
+
+# %% ../../nbs/model/11_train.ipynb #dcc62aa4
 @patch
 def over_ranks(self: Training, *values: float) -> list[float]:
     "Sums over the ranks"
@@ -111,50 +125,103 @@ def over_ranks(self: Training, *values: float) -> list[float]:
     with timed(self.seconds, "communication"): torch.distributed.all_reduce(sums)
     return sums.tolist()
 
-# %% ../../nbs/model/11_train.ipynb #ef9d35b0
+
 @patch
-def summed_gradients(self: Training, batch, n_targets: float) -> float:
+def over_each_rank(self: Training, values: list[float]) -> list[float]:
+    "The values of every rank, as many from each, one rank after another"
+    return self.over_ranks(*[v if r == self.rank else 0.0 for r in range(self.world_size) for v in values])
+
+# %% ../../nbs/model/11_train.ipynb #85d37b42
+@patch
+def summed_gradients(self: Training, batch, n_targets: float, noise: GradientNoise | None = None) -> float:
     "Forward and backward of a batch; the summed loss of this rank"
     c, total = self.batches.config, 0.0
     for i in range(c.accumulation):
         ids_BT, targets_BT = (torch.from_numpy(x[i]).to(self.engine.device) for x in (batch.tokens[..., :-1], batch.targets))
         documents_BT = None if batch.documents is None else torch.from_numpy(batch.documents[i]).to(self.engine.device)
         with timed(self.seconds, "forward"): objective, nats = summed_losses(self.engine, ids_BT, targets_BT, documents_BT)
+        if noise is not None: noise.micro_batch()
         with timed(self.seconds, "backward"): self.engine.backward(objective * (self.world_size * c.accumulation / n_targets))
         if i < c.accumulation - 1: self.engine.step()  # counts the micro-batch; the last one updates
         total += nats.item()
     return total
 
-# %% ../../nbs/model/11_train.ipynb #879fa456
+# %% ../../nbs/model/11_train.ipynb #a62a748e
 @patch
-def train_step(self: Training, step: int, factor: float) -> dict:  # the record of metrics.jsonl
-    "One optimizer step, timed"
+def observed_gradients(self: Training, batch, n_targets: float) -> tuple[float, list, list]:  # the summed loss of this rank; squared norm and targets of each micro-batch of each rank
+    "Forward and backward of a batch, and how its micro-batches differ"
+    with GradientNoise(self.engine.module.parameters()) as noise: nats = self.summed_gradients(batch, n_targets, noise)
+    targets = [int((t >= 0).sum()) for t in batch.targets]
+    squares = mean_squares(noise.squares, targets, n_targets, self.world_size, loss_scale(self.engine))
+    return nats, self.over_each_rank(squares), self.over_each_rank(targets)
+
+# %% ../../nbs/model/11_train.ipynb #5cc2baa0
+@patch
+def judge(self: Training, step: int, loss: float, norm: float) -> Decision:
+    "What the guard says; Diverged where the run is to stop"
+    p, guard = self.progress, self.config.guard
+    standing = Standing(p.losses, p.skips, p.rollbacks, bool(p.saved), loss_scale(self.engine))
+    decision = decide(step, loss, norm, standing, guard)
+    if decision.action == "rollback" and self.last_good() is None: decision = decide(step, loss, norm, replace(standing, can_roll_back=False), guard)
+    if decision.action == "stop": raise Diverged(decision.reason)
+    return decision
+
+
+@patch
+def last_good(self: Training) -> str | None:
+    "The newest whole checkpoint on the path, as rank 0 finds it"
+    saved, folder = self.progress.saved, self.out / "checkpoints"
+    return together(lambda: _last_whole(folder, saved), f"{folder} cannot be rolled back to", "see to it, then go on with --resume", only=0)
+
+
+def _last_whole(folder: Path, names: list[str]) -> str | None:
+    "The last of these checkpoints that still exists and is what was written"
+    for name in [n for n in saved_names(folder) if n in names][::-1]:
+        try: verified_state(folder / name)
+        except StudyError as e: print(f"warning: {e}", file=sys.stderr)
+        else: return name
+    return None
+
+# %% ../../nbs/model/11_train.ipynb #10621614
+@patch
+def guarded_update(self: Training, step: int, factor: float, loss: float) -> tuple[float, Decision]:  # the gradient norm, and what was decided
+    "Update the weights, unless the guard decides otherwise"
+    norm = gradient_norm(self.engine)
+    decision = self.judge(step, loss, norm)
+    if decision.action == "take": update(self.engine, factor, norm)
+    elif decision.action == "rescale": rescale(self.engine)
+    else: drop_gradients(self.engine)
+    return norm, decision
+
+# %% ../../nbs/model/11_train.ipynb #d890d5af
+@patch
+def train_step(self: Training, step: int, factor: float) -> dict:  # a line of metrics.jsonl; and n_targets, decision, noise
+    "One optimizer step, timed; where the guard says so, it leaves the weights as they are"
     if self.basis is None:
         with timed(self.starting, "peak"): self.basis = self._basis()
-    before, start = Counter(self.seconds), time.perf_counter()
-    batch = self.batches.batch(step)
+    clock = StepClock(self.seconds)
+    clock.start()
+    batch = self.batches.batch(step + self.progress.offset)
+    self.seconds["wait"] += batch.wait_s
     [n_targets] = self.over_ranks(batch.n_tokens)
-    nats = self.summed_gradients(batch, n_targets)
+    observed = self.recipe.noise_every and step % self.recipe.noise_every == 0
+    nats, *micro_batches = self.observed_gradients(batch, n_targets) if observed else (self.summed_gradients(batch, n_targets),)
     nats, stops = self.over_ranks(nats, float(self.stop.reason is not None))
     self.stop.agreed = stops > 0
-    loss = nats / n_targets
-    if not math.isfinite(loss): raise Diverged(f"the loss of step {step} is {loss}")
-    with timed(self.seconds, "optimizer"):
-        norm = gradient_norm(self.engine)
-        if norm is not None and not math.isfinite(norm): raise Diverged(f"the gradient norm of step {step} is {norm}")
-        norm = update(self.engine, factor, norm)
-    if not math.isfinite(norm): raise Diverged(f"the gradient norm of step {step} is {norm}")
-    self.seconds["wait"] += batch.wait_s
-    step_s, part = time.perf_counter() - start, Counter(self.seconds) - before
-    part["checkpoint"], self.saved_s = self.seconds["checkpoint"] - self.saved_s, self.seconds["checkpoint"]
+    with timed(self.seconds, "optimizer"): norm, decision = self.guarded_update(step, factor, nats / n_targets)
+    noise = variance_and_signal(*micro_batches, norm**2) if observed else None
+    return dict(self.step_line(step, nats, n_targets, norm, batch.throttle, *clock.stop()), n_targets=int(n_targets), decision=decision, noise=noise)
+
+
+@patch
+def step_line(self: Training, step: int, nats: float, n_targets: float, norm: float, throttle, step_s: float, parts: Counter) -> dict:
+    "A step as metrics.jsonl has it"
+    parts["checkpoint"], self.saved_s = self.seconds["checkpoint"] - self.saved_s, self.seconds["checkpoint"]
     n_positions = self.batches.rows_per_step * self.batches.config.context
-    line = step_record(step, nats, n_targets, n_positions, step_s, part, self.basis, tokens=round((step + 1) * self.step_tokens), grad_norm=norm,
-                       lr=self.engine.optimizer.param_groups[0]["lr"], **memory(), throttle_mb_per_s=batch.throttle)
-    return {**line, "n_targets": int(n_targets)}
+    return step_record(step, nats, n_targets, n_positions, step_s, parts, self.basis, tokens=round((step + 1) * self.step_tokens), grad_norm=norm,
+                       lr=self.engine.optimizer.param_groups[0]["lr"], **memory(), throttle_mb_per_s=throttle)
 
-
-
-# %% ../../nbs/model/11_train.ipynb #c31f0111
+# %% ../../nbs/model/11_train.ipynb #e073f3c6
 @patch
 def log(self: Training, record: dict):
     "One line of metrics.jsonl, by rank 0, and the step's numbers to the trackers"
@@ -162,27 +229,50 @@ def log(self: Training, record: dict):
     append_jsonl(self.metrics, {k: round(v, 6) if k.endswith(("_s", "_gib")) and isinstance(v, float) else v for k, v in record.items()})
     for tracker in self.trackers if "event" not in record else (): tracker.log(record)
 
-
+# %% ../../nbs/model/11_train.ipynb #848b3e84
 @patch
 def remember(self: Training, record: dict):
     "Add a step to the history and the log"
-    p = self.progress
-    if is_spike(record["loss"], p.losses, self.config.guard.window, self.config.guard.fewest, self.config.guard.threshold):
-        p.spikes += 1
-        self.log(dict(event="spike", step=record["step"], loss=record["loss"]))
-    p.losses.append(record["loss"])
-    p.grad_norms.append(record["grad_norm"])
-    p.step_s.append(record["step_s"])
-    if self.batches.config.throttle_mb_per_s: p.throttled.append((record["throttle_mb_per_s"], record["step_s"], record["wait_s"]))
+    p, decision, noise = self.progress, record.pop("decision"), record.pop("noise")
     p.n_targets += record.pop("n_targets")
     p.step, p.trained_s = record["step"] + 1, p.trained_s + record["step_s"]
+    if decision.is_spike: self.note_spike(record, decision)
+    if decision.action != "take": return self.note_left_out(record, decision)
+    p.skips = 0
+    for values, name in ((p.losses, "loss"), (p.grad_norms, "grad_norm"), (p.step_s, "step_s")): values.append(record[name])
+    if self.batches.config.throttle_mb_per_s: p.throttled.append((record["throttle_mb_per_s"], record["step_s"], record["wait_s"]))
     self.log({"segment": self.plan[p.segment].name, **record})
+    if noise is not None: self.note_noise(record["step"], noise)
 
-# %% ../../nbs/model/11_train.ipynb #963d6e08
+
+@patch
+def note_spike(self: Training, record: dict, decision: Decision):
+    "Count and log a spike, whatever becomes of it"
+    self.progress.spikes += 1
+    self.log(dict(event="spike", step=record["step"], loss=record["loss"], deviations=decision.deviations))
+
+
+@patch
+def note_left_out(self: Training, record: dict, decision: Decision):
+    "Count and log a step that changed no weight"
+    p = self.progress
+    p.skipped, p.skips = p.skipped + 1, p.skips + decision.is_spike
+    name = "overflow" if decision.action == "rescale" else "skipped"
+    self.log(dict(event=name, step=record["step"], loss=record["loss"], grad_norm=record["grad_norm"] if math.isfinite(record["grad_norm"]) else None, reason=decision.reason))
+
+
+@patch
+def note_noise(self: Training, step: int, noise: tuple[float, float]):
+    "Keep and log an estimate of the gradient's noise"
+    self.progress.noise.append(list(noise))
+    self.log(noise_event(step, self.progress.noise, self.batches.bytes_per_token))
+
+# %% ../../nbs/model/11_train.ipynb #15698e6b
 @patch
 def checkpoint(self: Training, name: str):
     "Save everything a resume needs"
     p = self.progress
+    if name not in p.saved: p.saved.append(name)
     with timed(self.seconds, "checkpoint"):
         p.seconds, p.metrics_bytes = dict(self.seconds), self.metrics.tell() if self.metrics else 0
         if self.recipe.keep_best: self.note_best(name)
@@ -207,7 +297,7 @@ def note_best(self: Training, name: str):
     if p.measured and p.measured[0] == p.step and (p.best is None or p.measured[1] < p.best["bits_per_byte"]):
         p.best = dict(name=name, step=p.step, bits_per_byte=p.measured[1])
 
-# %% ../../nbs/model/11_train.ipynb #f5d4503a
+# %% ../../nbs/model/11_train.ipynb #b384224f
 @patch
 def evaluate(self: Training) -> dict:
     "Held-out bits per byte of the model as it is"
@@ -216,11 +306,13 @@ def evaluate(self: Training) -> dict:
         self.texts = held_out_texts(Path(e["corpus_dir"]), e["split"], e["n_bytes"])
         self.windows = held_out(self.texts, self.tokenizer, self.batches.config.context)
     with timed(self.seconds, "evaluate"), whole_weights(self.engine):
-        nats = nats_by_domain(self.engine.module, self.windows, self.rank, self.world_size)
-        found = held_out_result(torch.tensor(self.over_ranks(*nats.tolist()), dtype=torch.float64), self.windows)
+        nats = nats_by_document(self.engine.module, self.windows, self.rank, self.world_size)
+        nats = torch.tensor(self.over_ranks(*nats.tolist()), dtype=torch.float64)
+        found = dict(held_out_result(by_domain(nats, self.windows), self.windows), rows=held_out_rows(nats, self.windows))
     p = self.progress
     if math.isfinite(found["loss"]): p.measured = [p.step, found["bits_per_byte"]]
-    self.log(dict(event="evaluation", segment=self.plan[p.segment].name, step=p.step, tokens=round(p.step * self.step_tokens), bits_per_byte=found["bits_per_byte"] if math.isfinite(found["loss"]) else None, by_domain=found["by_domain"] if math.isfinite(found["loss"]) else None))
+    told = {k: found[k] if math.isfinite(found["loss"]) else None for k in ("bits_per_byte", "by_domain", "perplexity")}
+    self.log(dict(event="evaluation", segment=self.plan[p.segment].name, step=p.step, tokens=round(p.step * self.step_tokens), **told))
     return found
 
 # %% ../../nbs/model/11_train.ipynb #c4f3b47c
@@ -238,17 +330,28 @@ def counted(self: Training) -> tuple[int, float]:  # step, seconds
     "What grows as work is done, for the heartbeat"
     return self.progress.step, sum(list(self.seconds.values()))
 
-# %% ../../nbs/model/11_train.ipynb #77c2ac9d
+# %% ../../nbs/model/11_train.ipynb #954b905e
 @patch
 def run_segment(self: Training, segment: Segment, last: bool):
-    "The steps of one segment, from where the run stands"
-    p, r = self.progress, self.recipe
-    while p.step < segment.stop and not self.out_of_time():
-        self.remember(self.train_step(p.step, rate_factor(p.step, segment, r, self.warmup, self.total)))
-        self.note_start()
-        if r.evaluate_every and p.step % r.evaluate_every == 0 and p.step < segment.stop and (last or not segment.measured): self.evaluate()
-        if r.checkpoint_every and p.step % r.checkpoint_every == 0: self.checkpoint(f"{segment.name}-{p.step:06d}")
-        self.heed_stop(f"{segment.name}-{p.step:06d}")
+    "The steps of one segment, from where the run stands; a rollback into an earlier segment ends it"
+    at, r = self.progress.segment, self.recipe
+    while self.progress.segment == at and self.progress.step < segment.stop and not self.out_of_time():
+        step = self.progress.step
+        record = self.train_step(step, rate_factor(step, segment, r, self.warmup, self.total))
+        if record["decision"].action == "rollback": self.roll_back(record)
+        else:
+            self.remember(record)
+            self.note_start()
+            self.between_steps(segment, last)
+
+
+@patch
+def between_steps(self: Training, segment: Segment, last: bool):
+    "Evaluate, save and stop where it is time to"
+    step, r, name = self.progress.step, self.recipe, f"{segment.name}-{self.progress.step:06d}"
+    if r.evaluate_every and step % r.evaluate_every == 0 and step < segment.stop and (last or not segment.measured): self.evaluate()
+    if r.checkpoint_every and step % r.checkpoint_every == 0: self.checkpoint(name)
+    self.heed_stop(name)
 
 
 @patch
@@ -302,7 +405,7 @@ def back_to_trunk(self: Training):
     with timed(self.seconds, "checkpoint"): state = load_checkpoint(self.engine, self.out / "checkpoints" / p.fork, self.identity)
     self.progress = Progress(**{**state["progress"], **kept})
 
-# %% ../../nbs/model/11_train.ipynb #7178c1a5
+# %% ../../nbs/model/11_train.ipynb #c16a40fc
 @patch
 def run_plan(self: Training) -> dict:  # the last evaluation
     "All segments in order"
@@ -312,12 +415,36 @@ def run_plan(self: Training) -> dict:  # the last evaluation
         last = segment is self.plan[-1] or self.out_of_time()
         if segment.measured and not last and self.progress.step == segment.start: self.fork(segment)
         self.run_segment(segment, last)
+        if self.plan[self.progress.segment] is not segment: continue  # a rollback has led into an earlier one
         last = last or self.out_of_time()
         if segment.measured or last: found = self.measure()
         if last: break
         if segment.measured: self.back_to_trunk()
         self.progress.segment += 1
     return found
+
+# %% ../../nbs/model/11_train.ipynb #d3ed5849
+@patch
+def roll_back(self: Training, record: dict):
+    "Take back the steps since the last good checkpoint, and leave out their data and this step's"
+    decision, name = record.pop("decision"), self.last_good()
+    self.note_spike(record, decision)
+    p = self.progress
+    with timed(self.seconds, "checkpoint"): state = load_checkpoint(self.engine, self.out / "checkpoints" / name, self.identity)
+    self.progress = self.rejoined(Progress(**state["progress"]), p, record)
+    back = self.progress
+    self.log(dict(event="rolled_back", step=record["step"], loss=record["loss"], to=back.step, checkpoint=name, left_out=back.offset - p.offset, rollbacks=back.rollbacks,
+                  reason=f"back to step {back.step}; {back.offset - p.offset} batches are left out"))
+    self.checkpoint(f"{self.plan[back.segment].name}-{back.step:06d}-back{back.rollbacks}")
+
+
+@patch
+def rejoined(self: Training, back: Progress, p: Progress, record: dict) -> Progress:
+    "What a checkpoint remembers, with what a rollback from here adds"
+    segment = back.segment + (back.segment < p.segment and self.plan[back.segment].measured)  # the trunk after the fork, where that branch is done
+    n_measured = sum(s.measured for s in self.plan[:segment])
+    return replace(back, segment=segment, branches=p.branches[:n_measured], spikes=p.spikes, rollbacks=p.rollbacks + 1,
+                   offset=p.offset + record["step"] + 1 - back.step, best=p.best, trained_s=p.trained_s + record["step_s"])
 
 # %% ../../nbs/model/11_train.ipynb #62780171
 def _spread(values: list) -> dict:
@@ -331,7 +458,24 @@ def times(self: Training) -> dict:
     parts = {f"{k}_s": round(self.seconds[k], 3) for k in ("startup", "forward", "backward", "optimizer", "communication", "wait", "checkpoint", "evaluate")}
     return dict(total_s=round(time.time() - psutil.Process().create_time(), 3), train_s=round(self.progress.trained_s, 3), **parts)
 
-# %% ../../nbs/model/11_train.ipynb #0fdf705d
+# %% ../../nbs/model/11_train.ipynb #ea9ff401
+@patch
+def rates(self: Training) -> dict:
+    "Speed of the median step"
+    if not self.progress.step_s: return dict(tokens_per_s=None, mfu=None, hfu=None)
+    step_s, b = statistics.median(self.progress.step_s), self.basis
+    if b is None: return dict(tokens_per_s=self.step_tokens / step_s, mfu=None, hfu=None)  # resumed with nothing left to do
+    n_positions = self.batches.rows_per_step * self.batches.config.context
+    return dict(tokens_per_s=self.step_tokens / step_s, mfu=b.flops * self.step_tokens / step_s / b.peak_flops, hfu=b.hardware_flops * n_positions / step_s / b.peak_flops)
+
+
+@patch
+def measured_peaks(self: Training) -> dict:
+    "Largest memory of any rank; that of the device is None on CPU"
+    each = self.over_each_rank([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, memory().get("device_peak_gib", 0.0)])
+    return dict(peak_rss_gib=max(each[::2]), device_peak_gib=max(each[1::2]) or None)
+
+# %% ../../nbs/model/11_train.ipynb #c1466448
 @patch
 def result(self: Training, found: dict | None, outcome: str, reason: str | None, unigram: float, samples: list) -> dict:
     "result.json"
@@ -342,18 +486,17 @@ def result(self: Training, found: dict | None, outcome: str, reason: str | None,
         id=c.id, scale=c.scale, seed=c.seed, outcome=outcome, reason=reason, n_params=n_parameters(c.model), n_params_hidden=n_hidden_parameters(c.model),
         tokens=p.n_targets, bytes=round(p.n_targets * self.batches.bytes_per_token), steps=p.step, steps_planned=self.total, tokens_per_step=self.step_tokens,
         flops=self.flops(tokens), train_loss=statistics.fmean(_tail(p.losses)) if p.losses else None, heldout=found, unigram_byte_bits=unigram,
-        branches=p.branches, spikes=p.spikes, grad_norm=_spread(p.grad_norms), time=self.times(),
-        tokens_per_s=self.step_tokens / statistics.median(p.step_s) if p.step_s else None, peak_rss_gib=self.peak_rss_gib,
-        mfu=self.basis.flops * self.step_tokens / statistics.median(p.step_s) / self.basis.peak_flops if p.step_s and self.basis else None,
+        branches=p.branches, spikes=p.spikes, skipped=p.skipped, rollbacks=p.rollbacks, grad_norm=_spread(p.grad_norms), time=self.times(),
+        noise=asdict(smoothed_scale(p.noise, self.batches.bytes_per_token)) if p.noise else None, **self.rates(), **self.peaks,
         padding_share=1 - p.n_targets / positions if positions else 0.0, ranks=self.world_size,
         throttle=[dict(mb_per_s=r, **{k: statistics.median(t[i] for t in p.throttled if t[0] == r) for k, i in (("step_s", 1), ("wait_s", 2))}) for r in rates],
         samples=samples)
 
-# %% ../../nbs/model/11_train.ipynb #213482cf
+# %% ../../nbs/model/11_train.ipynb #ccf3eb8e
 @patch
 def finish(self: Training, found: dict | None, reason: str | None):
     "Write the model, samples and the result"
-    self.peak_rss_gib = max(self.over_each_rank(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
+    self.peaks = self.measured_peaks()
     with whole_weights(self.engine):
         if self.rank == 0: self.write_outputs(found, reason)
     torch.distributed.barrier()
@@ -372,10 +515,6 @@ def write_outputs(self: Training, found: dict | None, reason: str | None):
     write_json(self.out / "status.json", dict(state="done", outcome=outcome, reason=reason))
 
 
-@patch
-def over_each_rank(self: Training, value: float) -> list[float]:
-    "One value from each rank"
-    return self.over_ranks(*[value if r == self.rank else 0.0 for r in range(self.world_size)])
 
 # %% ../../nbs/model/11_train.ipynb #e1d1ec6f
 @patch
