@@ -8,8 +8,8 @@ __all__ = ['RECORDS', 'MAY_CHANGE', 'seal', 'read_manifest', 'AnotherRun', 'veri
            'newest_whole', 'newest_for_all', 'only_numbers', 'to_universal', 'load_checkpoint', 'flat', 'differences',
            'refuse_differences', 'run_identity', 'save_model', 'load_model']
 
-# %% ../../nbs/model/08_checkpoints.ipynb #d623ba21
-import argparse, contextlib, hashlib, importlib, io, json, os, pickle, shutil
+# %% ../../nbs/model/08_checkpoints.ipynb #c6183278
+import argparse, contextlib, hashlib, importlib, io, json, math, os, pickle, shutil
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from unittest import mock
@@ -21,7 +21,7 @@ from .transformer import Transformer
 from ..settings import StudyError
 from ..storage import canonical_json, file_sha256, fingerprint, read_json, whole_file, write_json
 
-# %% ../../nbs/model/08_checkpoints.ipynb #49ed3554
+# %% ../../nbs/model/08_checkpoints.ipynb #350cda99
 def seal(
     folder: Path,  # a finished but not yet renamed checkpoint
     state: dict,  # what the run wants back, JSON-able
@@ -32,14 +32,13 @@ def seal(
 ):
     "Write manifest.json: the state, size and checksum of every file, and a checksum of all that"
     files = {p.relative_to(folder).as_posix(): [p.stat().st_size, file_sha256(p)] for p in sorted(Path(folder).rglob("*")) if p.is_file()}
-    manifest = dict(run=run, number=number, ranks=ranks, needs=list(needs), state=state, files=files)
+    manifest = dict(run=run, number=number, ranks=ranks, needs=list(needs), state=json.loads(json.dumps(state)), files=files)
     write_json(folder / "manifest.json", {**manifest, "sha256": _digest(manifest)})
 
 
 def _digest(manifest: dict) -> str:
-    "SHA-256 of everything in a manifest but the digest itself, as it will be read back"
-    rest = {k: v for k, v in manifest.items() if k != "sha256"}
-    return hashlib.sha256(canonical_json(json.loads(json.dumps(rest))).encode()).hexdigest()
+    "SHA-256 of everything in a manifest but the digest itself"
+    return hashlib.sha256(canonical_json({k: v for k, v in manifest.items() if k != "sha256"}).encode()).hexdigest()
 
 # %% ../../nbs/model/08_checkpoints.ipynb #93771800
 def read_manifest(
@@ -121,7 +120,7 @@ def sweep(
     for path in left: shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     return [path.name for path in left]
 
-# %% ../../nbs/model/08_checkpoints.ipynb #73a90941
+# %% ../../nbs/model/08_checkpoints.ipynb #42ed5a45
 def bytes_a_parameter(
     zero_stage: int,
     precision: str,  # fp32, bf16 or fp16
@@ -133,10 +132,8 @@ def bytes_a_parameter(
 
 def bytes_expected(
     engine,
-    folder: Path,  # checkpoints/
 ) -> int:
-    "Bytes of the next checkpoint: those of the last one, or the closed form"
-    if names := saved_names(folder): return sum(n for n, _ in read_manifest(Path(folder) / names[-1])["files"].values())
+    "Bytes of a checkpoint in closed form"
     precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
     n = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     return n * sum(bytes_a_parameter(engine.zero_optimization_stage(), precision).values())
@@ -186,7 +183,7 @@ def _noted_writes(engine):
     with mock.patch.object(engine.checkpoint_engine, "save", noting), mock.patch.object(engine, "_copy_recovery_script", lambda folder: None): yield
     if failed: raise StudyError(str(failed[0]).splitlines()[0])
 
-# %% ../../nbs/model/08_checkpoints.ipynb #c1683185
+# %% ../../nbs/model/08_checkpoints.ipynb #3107ee74
 def save_checkpoint(
     engine,
     folder: Path,  # checkpoints/
@@ -203,51 +200,50 @@ def save_checkpoint(
     def write():
         with _noted_writes(engine): engine.save_checkpoint(str(part), tag="deepspeed", save_latest=False)
     try:
-        together(lambda: _begin(engine, part), *failure, only=0)
+        number = together(lambda: _begin(engine, part), *failure, only=0)
         together(write, *failure)
-        together(lambda: _seal_next(part, name, state, run, ranks, keep), *failure, only=0)
-        together(lambda: _finish(part, name, {*keep, best}, keep_last), *failure, only=0)
+        together(lambda: _finish(part, name, {*keep, best}, keep_last, state=state, run=run, number=number, ranks=ranks, needs=tuple(n for n in keep if n != name)), *failure, only=0)
     except StudyError:
         if torch.distributed.get_rank() == 0: shutil.rmtree(part, ignore_errors=True)
         raise
     return folder / name
 
 
-def _begin(engine, part: Path):
-    "An empty temporary folder on a disk with room"
+def _begin(engine, part: Path) -> int:  # number of the checkpoint
+    "An empty temporary folder on a disk with room for as much as last time"
     shutil.rmtree(part, ignore_errors=True)
     (part / "deepspeed").mkdir(parents=True)
-    check_space(part, bytes_expected(engine, part.parent))
+    newest = max((m for m in _manifests(part.parent).values() if m), key=lambda m: m["number"], default=None)
+    check_space(part, sum(n for n, _ in newest["files"].values()) if newest else bytes_expected(engine))
+    return newest["number"] + 1 if newest else 1
 
 
-def _seal_next(part: Path, name: str, state: dict, run: str, ranks: int, keep: tuple):
-    "Seal as the next of its run"
-    number = 1 + max([_number(part.parent / n) for n in saved_names(part.parent)], default=0)
-    seal(part, state, run, number, ranks, tuple(n for n in keep if n != name))
-
-
-def _finish(part: Path, name: str, keep: set, keep_last: int):
-    "Publish, move `latest`, remove what is no longer wanted"
+def _finish(part: Path, name: str, keep: set, keep_last: int, **sealed):
+    "Seal, publish, move `latest`, remove what is no longer wanted"
     folder = part.parent
+    seal(part, **sealed)
     publish(part, folder / name)
     with whole_file(folder / "latest", "w") as f: f.write(name + "\n")
     for old in [n for n in saved_names(folder) if n != name][:1 - keep_last or None]:
         if old not in keep: remove(folder / old)
 
-# %% ../../nbs/model/08_checkpoints.ipynb #ee7f25c2
+# %% ../../nbs/model/08_checkpoints.ipynb #b63b8523
 def saved_names(
     folder: Path,  # checkpoints/
 ) -> list[str]:  # oldest first; a manifest that cannot be read counts as the newest, so that it is looked at and warned of
     "The checkpoints that exist, in the order in which they were written"
-    names = sorted(p.parent.name for p in Path(folder).glob("*/manifest.json") if not p.parent.name.startswith("."))
-    numbers = {n: _number(Path(folder) / n) for n in names}
-    return sorted(names, key=lambda n: numbers[n] or 1 + len(names) + max(numbers.values()))
+    numbers = {n: m["number"] if m else math.inf for n, m in _manifests(folder).items()}
+    return sorted(numbers, key=numbers.get)
 
 
-def _number(folder: Path) -> int:
-    "The how-manieth checkpoint of its run; 0 where the manifest cannot be read"
-    try: return read_manifest(folder)["number"]
-    except StudyError: return 0
+def _manifests(folder: Path) -> dict:
+    "The manifest of each checkpoint by its name; None where it cannot be read"
+    return {p.parent.name: _readable(p.parent) for p in sorted(Path(folder).glob("*/manifest.json")) if not p.parent.name.startswith(".")}
+
+
+def _readable(folder: Path) -> dict | None:
+    try: return read_manifest(folder)
+    except StudyError: return None
 
 # %% ../../nbs/model/08_checkpoints.ipynb #7a89f850
 def newest_whole(
@@ -271,7 +267,7 @@ def _latest_warning(folder: Path, name: str) -> list[str]:
     said = (folder / "latest").read_bytes() if (folder / "latest").is_file() else b""
     return [] if said == f"{name}\n".encode() else [f"{folder / 'latest'} does not name {name}, which is the newest checkpoint by its manifest and is used"]
 
-# %% ../../nbs/model/08_checkpoints.ipynb #28010b31
+# %% ../../nbs/model/08_checkpoints.ipynb #5668221f
 def newest_for_all(
     folder: Path,  # checkpoints/
     run: str,  # from run_identity
@@ -289,6 +285,7 @@ def _tidied(folder: Path, run: str) -> tuple[str | None, list[str]]:
         aside = folder / f".{damaged}.damaged"
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(folder / damaged, aside)
+        warnings.append(f"{folder / damaged} is set aside as {aside.name}; remove it when it has been looked at")
     return name, warnings
 
 # %% ../../nbs/model/08_checkpoints.ipynb #2bf386f9
@@ -319,7 +316,7 @@ def _strangers(path: Path) -> list[str]:
         try: return torch.serialization.get_unsafe_globals_in_checkpoint(path)
         except (ValueError, RuntimeError, pickle.UnpicklingError) as e: raise StudyError(f"{path} is no file of PyTorch's ({e})")
 
-# %% ../../nbs/model/08_checkpoints.ipynb #45272a52
+# %% ../../nbs/model/08_checkpoints.ipynb #b9cbb83d
 def to_universal(
     path: Path,  # a verified checkpoint under ZeRO
     out: Path,  # folder to write
@@ -330,16 +327,20 @@ def to_universal(
     options = argparse.Namespace(input_folder=str(path / "deepspeed"), output_folder=str(out / "deepspeed"), num_extract_workers=1, num_merge_workers=1,
                                  keep_temp_folder=False, strict=True, inject_missing_state=True)
     shutil.rmtree(out, ignore_errors=True)
-    with only_numbers(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): convert(options)
+    check_space(path, 2 * sum(n for n, _ in read_manifest(path)["files"].values()))  # DeepSpeed writes every number twice
+    try:
+        with only_numbers(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): convert(options)
+    except RuntimeError as e: raise StudyError(str(e))  # from PyTorch's writer, where a disk is full
 
 
 @contextlib.contextmanager
 def _universal(engine, path: Path):
     "A block in which the engine reads a universal copy of a checkpoint, whose folder it yields"
     copy = path.with_name(f".{path.name}.universal.part")
-    together(lambda: to_universal(path, copy), f"{path} could not be rewritten for another number of ranks", "see to the space there, or resume with the ranks it was written with", only=0)
     groups = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
     try:
+        together(lambda: to_universal(path, copy), f"{path} could not be rewritten for another number of ranks",
+                 "see to the space there, or resume with the ranks it was written with", only=0)
         with mock.patch.object(engine._config, "load_universal_checkpoint", True): yield copy
         _apart(engine.optimizer, groups)
     finally:
