@@ -59,9 +59,10 @@ def oai_document(inside):
 class Arxiv:
     """What the server has, how it behaves, and what it was asked.
 
-    `fault(n, path)` is asked before the n-th answer, from 1, and names what goes wrong: busy, reset, cut, slow, robot, flip, expire, again, empty, big, endless, bomb, forbidden."""
-    def __init__(self, records, payloads, page=7, fault=lambda n, path: None, clock=time.monotonic, deleted=(), withdrawn=(), retry_after="7"):
-        self.records, self.payloads, self.page, self.fault, self.clock = records, payloads, page, fault, clock
+    `fault(n, path)` is asked before the n-th answer, from 1, and names what goes wrong: busy, reset, cut, slow, robot, flip, expire, again, empty, big, endless, bomb, forbidden;
+    or it is called when half of the answer has gone out, which is then cut."""
+    def __init__(self, records, payloads, page=7, announced=False, fault=lambda n, path: None, clock=time.monotonic, deleted=(), withdrawn=(), retry_after="7"):
+        self.records, self.payloads, self.page, self.announced, self.fault, self.clock = records, payloads, page, announced, fault, clock
         self.deleted, self.withdrawn, self.retry_after = set(deleted), set(withdrawn), retry_after
         self.asked, self.times, self.headers, self.now_open, self.most_open, self.lock = [], [], [], 0, 0, threading.Lock()
 
@@ -101,13 +102,18 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items(): self.send_header(name.replace("_", "-"), value)
         self.send_header(*(("Content-Length", str(len(data))) if announced else ("Transfer-Encoding", "chunked")))
         self.end_headers()
-        half = {"cut": len(data)//2}.get(self.fault, len(data))
+        is_cut = self.fault == "cut" or callable(self.fault)
+        half = len(data)//2 if is_cut else len(data)
         if announced: self.wfile.write(data[:half])
         else:
             for start in range(0, half, 1000):
                 piece = data[start:min(start + 1000, half)]
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
-            if self.fault != "cut": self.wfile.write(b"0\r\n\r\n")
+            if not is_cut: self.wfile.write(b"0\r\n\r\n")
+        if callable(self.fault):
+            self.wfile.flush()
+            time.sleep(.2) # until it has arrived
+            self.fault()
         self.close_connection = True
 
     def do_GET(self):
@@ -141,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
         if (data := a.payloads.get(paper)) is None: return self.answer(404, b"<html>no such paper</html>", "text/html")
         if self.fault == "flip": data = data[:len(data)//2] + bytes([data[len(data)//2] ^ 1]) + data[len(data)//2 + 1:]
         kind = "application/pdf" if data[:4] == b"%PDF" else "application/gzip"
-        self.answer(200, data, kind, announced=False, Content_Encoding="x-gzip")
+        self.answer(200, data, kind, announced=a.announced, Content_Encoding="x-gzip")
 
     def drip(self):
         "Bytes one by one for ever, or very many."

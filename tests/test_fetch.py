@@ -185,6 +185,13 @@ def test_bad_days_do_not_change_the_eprints(stock, good, tmp_path, fault):
     assert tree(tmp_path) == tree(good) and not leftovers(tmp_path)
     assert len(arxiv.asked) > 2*len(wanted_of(stock))
 
+def test_a_cut_that_only_the_announced_length_shows(tmp_path, stock):
+    "A PDF has no checksum."
+    paper = stock[0][0]["id"]
+    pdf = b"%PDF-1.4\n" + bytes(range(256))*99
+    with serving(arxiv := Arxiv(stock[0], {paper: pdf}, announced=True, fault=nth({2: "cut"}))) as address: fetch_eprints(tmp_path, Wanted(ids=(paper,)), config_of(address))
+    assert pdf in tree(tmp_path).values() and len(arxiv.asked) == 3
+
 def test_a_file_broken_at_the_server_is_kept_as_it_is(stock, tmp_path):
     "What is the same twice is not the line's fault: the corpus has a rule for it."
     records, payloads = stock
@@ -294,30 +301,50 @@ def ini(folder, address, **more):
     path.write_text("[study]\n[fetch]\n" + "".join(f"{k} = {v}\n" for k, v in {**dict(oai=f"{address}/oai", eprints=f"{address}/e-print", wait_s=0, backoff_s=0), **more}.items()))
     return path
 
+@pytest.mark.parametrize("what", ["metadata", "eprints"])
+def test_a_crash_while_tidying_up(stock, tmp_path, monkeypatch, what):
+    "Of the pages one is gone, the others are not: they must not be taken for the list."
+    real = shutil.rmtree
+    def rmtree(path, *more, **options):
+        if ".fetch" in str(path): next(p for p in sorted(Path(path).rglob("page-*"))).unlink(); raise Crash
+        return real(path, *more, **options)
+    def go(address):
+        if what == "metadata": fetch_metadata(tmp_path, config_of(address))
+        else: fetch_eprints(tmp_path, Wanted(categories=("math.*",), most=4), config_of(address))
+    with serving(arxiv := Arxiv(*stock)) as address:
+        monkeypatch.setattr(shutil, "rmtree", rmtree)
+        with pytest.raises(Crash): go(address)
+        monkeypatch.undo()
+        before, asked = tree(tmp_path)[SNAPSHOT], len(arxiv.asked)
+        go(address)
+        assert tree(tmp_path)[SNAPSHOT] == before and not leftovers(tmp_path)
+        assert [path for path in arxiv.asked[asked:] if "oai" in path and "from=2026-11-26" not in path] == []
+
 def test_killed_and_given_again(stock, tmp_path):
-    "SIGKILL while the server is answering, again and again, each time a few requests later."
+    "SIGKILL in the middle of an answer, again and again, each time a few requests later."
     (tmp_path/"killed").mkdir()
     arguments = ["--category", "math.*", "--category", "cs.*", "--max", "12", "--quiet"]
-    process, deaths = [None], iter([2, 3, 4, 6])
-    kill_at = [next(deaths)]
+    process, deaths, died = [None], iter([2, 3, 4, 6]), 0
+    kill_at = [0]
     def fault(n, path):
         kill_at[0] -= 1
-        if kill_at[0] == 0: os.kill(process[0].pid, signal.SIGKILL); return "cut"
+        return (lambda: os.kill(process[0].pid, signal.SIGKILL)) if kill_at[0] == 0 else None
     with serving(arxiv := Arxiv(*stock, fault=fault)) as address:
+        fetch_eprints(tmp_path/"good", Wanted(categories=("math.*", "cs.*"), most=12), config_of(address))
+        good, once = tree(tmp_path/"good"), len(arxiv.asked)
         settings = ini(tmp_path, address)
-        died = 0
         for _ in range(5):
+            kill_at[0] = next(deaths, -1)
             process[0] = subprocess.Popen([*CLI, "fetch", tmp_path/"killed", *arguments, "--settings", settings], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             _, said = process[0].communicate(timeout=120)
             if process[0].returncode == 0: break
             assert process[0].returncode == -signal.SIGKILL, said
             died += 1
-            kill_at[0] = next(deaths, -1)
-        assert died == 4 and process[0].returncode == 0
-        once = len(arxiv.asked)
-        fetch_eprints(tmp_path/"good", Wanted(categories=("math.*", "cs.*"), most=12), config_of(address))
-    assert tree(tmp_path/"killed") == tree(tmp_path/"good") and not leftovers(tmp_path/"killed")
-    assert once <= len(arxiv.asked) - once + died # a kill costs one request, not all that went before
+            seen = {n: d for n, d in tree(tmp_path/"killed").items() if not Path(n).name.startswith(".")}
+            assert seen.items() <= good.items() # whatever has a name is whole
+    assert died == 4 and process[0].returncode == 0
+    assert tree(tmp_path/"killed") == good and not leftovers(tmp_path/"killed")
+    assert len(arxiv.asked) - once == once + died # a kill costs one request, not all that went before
 
 # Bulk tars
 

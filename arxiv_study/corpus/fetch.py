@@ -377,7 +377,7 @@ def merge_records(lines:Iterable[bytes], # records, a line each; of several of o
     finally: shutil.rmtree(heaps, ignore_errors=True)
     return n
 
-# %% ../../nbs/corpus/15_fetch.ipynb #b4deeb83
+# %% ../../nbs/corpus/15_fetch.ipynb #56f58a2f
 SNAPSHOT = "arxiv-metadata-oai-snapshot.json"
 
 @contextmanager
@@ -389,10 +389,11 @@ def working_in(out:Path): # yields the folder for what a fetch has to remember
     with open(notes/"lock", "w") as lock:
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e: raise StudyError(f"another fetch is writing into {out}; wait for it: arXiv allows one connection at a time") from e
-        clear_abandoned(out)
+        for folder in (Path(out), notes, Path(out)/"src", *Path(out).glob("[0-9]"*4)): clear_abandoned(folder)
+        for done in notes.glob("*.done"): shutil.rmtree(done)
         yield notes
 
-# %% ../../nbs/corpus/15_fetch.ipynb #c2da4851
+# %% ../../nbs/corpus/15_fetch.ipynb #6892ef67
 def check_day(day:str|None, name:str)->str|None: # errors: StudyError
     "A day as the protocol writes it."
     try: return day and date.fromisoformat(day).isoformat()
@@ -413,12 +414,11 @@ def _old_lines(snapshot:Path)->Iterator[bytes]:
     if snapshot.exists():
         with open(snapshot, "rb") as lines: yield from lines
 
-def _put_away(folder:Path):
-    "Remove a folder of pages such that a part of it is never taken for all."
+def _put_away(folder:Path)->Path: # where it lies now; whatever ends so is removed when a fetch begins
+    "Take a folder of pages out of sight at once: removing it takes time, and a part of it must never be taken for all."
     gone = folder.with_name(folder.name + ".done")
-    shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
-    shutil.rmtree(gone)
+    return gone
 
 # %% ../../nbs/corpus/15_fetch.ipynb #1bbec98d
 def _harvested(out:Path, notes:Path, of:dict)->dict: # errors: StudyError where the snapshot is not of this kind
@@ -441,7 +441,7 @@ def _counted(pages:Iterable[Page], quiet:bool)->str|None: # the server's day at 
             bar.advance(len(page.records))
     return day or None
 
-# %% ../../nbs/corpus/15_fetch.ipynb #43464dd6
+# %% ../../nbs/corpus/15_fetch.ipynb #fcead86d
 def fetch_metadata(out:Path, config:FetchConfig=FetchConfig(), prefix:str="arXivRaw", set:str|None=None, start:str|None=None, until:str|None=None,
                    client:Client|None=None, quiet:bool=False)->dict: # records, pages, requests
     "Harvest records into the snapshot of an arXiv folder; one that is there is brought up to date."
@@ -452,8 +452,9 @@ def fetch_metadata(out:Path, config:FetchConfig=FetchConfig(), prefix:str="arXiv
         folder = notes/f"pages-{fingerprint(request)}"
         day = _counted(harvest(client, request, folder), quiet)
         n_pages, n = len(_page_files(folder)), merge_records(chain(_old_lines(out/SNAPSHOT), _lines(folder)), out/SNAPSHOT)
-        _put_away(folder)
+        gone = _put_away(folder)
         write_json(notes/"harvest.json", dict(prefix=prefix, set=set, day=day or before["day"]))
+        shutil.rmtree(gone)
     if not n: raise StudyError("no record matches; check --set, --from and --until")
     return dict(records=n, pages=n_pages, requests=client.n_requests)
 
@@ -652,7 +653,7 @@ def download(client:Client, ids:list[str], out:Path, notes:Path, quiet:bool=Fals
             bar.advance()
     return counts
 
-# %% ../../nbs/corpus/15_fetch.ipynb #a8984dd1
+# %% ../../nbs/corpus/15_fetch.ipynb #f3859c17
 def _select(client:Client, wanted:Wanted, folder:Path, snapshot:Path|None)->tuple[list[str],Iterator[bytes]]: # ids in order, and lines with their records among them
     "Choose from another snapshot, or from what is harvested for it."
     if snapshot is not None: return choose_from(snapshot, wanted), (line for line in _old_lines(Path(snapshot)) if line.strip())
@@ -672,7 +673,7 @@ def _ids(client:Client, wanted:Wanted, out:Path, notes:Path, snapshot:Path|None)
         keep = frozenset(ids)
         merge_records(chain(_old_lines(own), (line for line in lines if msgspec.json.decode(line, type=_Of).id in keep)), own)
         write_json(asked, ids)
-    if folder.exists(): _put_away(folder)
+    if folder.exists(): shutil.rmtree(_put_away(folder))
     return read_json(asked)
 
 # %% ../../nbs/corpus/15_fetch.ipynb #1dbb3073
