@@ -7,8 +7,8 @@ __all__ = ['POINT_COLUMNS', 'HUBER_DELTA', 'OBJECTIVE_SCALE', 'NAMES', 'EPOCH', 
            'read_points', 'log_sum_exp', 'huber_objective', 'starts', 'ScalingLaw', 'fit_law', 'bootstrap_intervals',
            'profile', 'profile_interval', 'profile_width', 'kaplan_objective', 'KaplanLaw', 'fit_kaplan',
            'Extrapolation', 'extrapolation', 'Optimum', 'compute_optimal', 'iso_flop', 'Valley', 'iso_flop_valley',
-           'effective_tokens', 'fresh_equivalent', 'repeats_worth', 'why_not_identified', 'fit_points', 'SizeSlope',
-           'size_slope']
+           'effective_tokens', 'fresh_equivalent', 'repeats_worth', 'why_not_identified', 'fit_points', 'fit_rows',
+           'SizeSlope', 'size_slope']
 
 # %% ../../nbs/study/05_scaling.ipynb #ab98c235
 import csv, math
@@ -319,6 +319,17 @@ def fit_points(path:Path, # a CSV file, see `read_points`
               "intervals": bootstrap_intervals(points, law, n_draws), "profiles": {name: list(ends) for name, ends in profiles.items()},
               "kaplan": asdict(fit_kaplan(points)), "extrapolation": asdict(extrapolation(points)) if len(points) > 7 else None}
     return answer if flops is None else answer | {"optimum": asdict(compute_optimal(law, flops)) | {"tokens_per_param": compute_optimal(law, flops).tokens_per_param}}
+
+# %% ../../nbs/study/05_scaling.ipynb #f4982f68
+def fit_rows(answer:dict # of fit_points
+            )->dict: # title -> rows
+    "The answer as tables."
+    constants = [{"constant": n, "fit": answer[n], "bootstrap 95 %": "{:.4g} to {:.4g}".format(*answer["intervals"][n]), "profile 95 %": "{:.4g} to {:.4g}".format(*answer["profiles"][n]) if n in answer["profiles"] else "–"} for n in NAMES]
+    told = {"points": answer["n_points"], "objective": answer["objective"], "of the Kaplan form": answer["kaplan"]["objective"], "identified": "yes" if answer["identified"] else f"no: {answer['reason']}"}
+    if e := answer["extrapolation"]: told["dearest points"] = f"{e['n_held_out']} predicted from the others, missed by {e['error']:.2%}"
+    tables = {"L = E + A/N^α + B/D^β": constants, "How far to trust it": [{"": name, "value": value} for name, value in told.items()]}
+    if o := answer.get("optimum"): tables["The best use of the budget"] = [{name: o[name] for name in ("flops", "n_params", "n_tokens", "tokens_per_param", "loss")}]
+    return tables
 
 # %% ../../nbs/study/05_scaling.ipynb #91c1e615
 @dataclass(frozen=True)
