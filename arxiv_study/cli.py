@@ -335,7 +335,7 @@ def plan(call:Call, scale:Annotated[str, typer.Option(help="smoke, desk or paper
     changed = {k: v for k, v in given.items() if v is not None} | ({} if loss_chunk is None else dict(loss_chunk=loss_chunk or None))
     show_parts(make_plan(scale, gpus, gpu, mfu, vocab, Site(storage_mb_s, price=price), **changed), f"{scale} on {gpus} × {gpu}", call.json)
 
-# %% ../nbs/90_cli.ipynb #ae4a0560
+# %% ../nbs/90_cli.ipynb #c541edaf
 Scale = Annotated[Optional[str], typer.Option(help="smoke, desk or paper.")]
 
 @command
@@ -363,12 +363,14 @@ def report(call:Call, scale:Scale=None,
     print(write_report(call.settings.workspace, call.settings.scale, call.settings, keep))
 
 @command
-def fit(call:Call, points:Annotated[Path, typer.Argument(metavar="POINTS.csv", help="Columns n_params, n_tokens (or flops) and loss.")]):
-    "Fit a scaling law to a table of runs."
-    from arxiv_study.study.scaling import fit_points
-    result = fit_points(points)
+def fit(call:Call, points:Annotated[Path, typer.Argument(metavar="POINTS.csv", help="Columns n_params, n_tokens (or flops) and loss.")],
+        flops:Annotated[Optional[float], typer.Option(min=1., help="Also the parameters and tokens that make the best of this budget.")]=None,
+        draws:Annotated[int, typer.Option(min=2, help="Draws of the bootstrap.")]=200):
+    "Fit a scaling law to a table of runs, with intervals; say where the runs cannot fix it."
+    from arxiv_study.study.scaling import fit_points, fit_rows
+    result = fit_points(points, draws, flops)
     if call.json: return print(json_format.dumps(result, indent=2))
-    show_rows([{k: v for k, v in result.items() if isinstance(v, (int, float, str))}], f"L = E + A/N^α + B/D^β from {points}")
+    for title, rows in fit_rows(result).items(): show_rows(rows, title)
 
 # %% ../nbs/90_cli.ipynb #b410304d
 def _repository(what:str)->Path:
