@@ -118,8 +118,8 @@ def test_a_module_with_the_interface_of_wandb_gets_every_line(data, tmp_path, mo
     launch(tracked(data, tmp_path / "run", "wandb", steps=8, branch_tokens=[4 * 256]), tmp_path / "run", ranks=2)
     start, axis, *lines, end = read_jsonl(tmp_path / "seen.jsonl")
     assert start == dict(project="arxiv-study", name="smoke-T-0", mode="offline", dir=str(tmp_path / "run"), steps=8)
-    assert axis == dict(axis="step", of="*") and end == dict(finished=True)
-    assert [(line["data"]["step"], line["data"]["loss"]) for line in lines] == [(r["step"], r["loss"]) for r in logged(tmp_path / "run")]
+    assert axis == dict(axis="train_step", of="*") and end == dict(finished=True)
+    assert [(line["data"]["train_step"], line["data"]["loss"]) for line in lines] == [(r["step"], r["loss"]) for r in logged(tmp_path / "run")]
     assert all(line["step"] is None for line in lines)  # W&B would refuse a step of the trunk that a branch has taken
 
 
@@ -144,4 +144,4 @@ def test_wandb_itself_keeps_every_line_offline(data, tmp_path, monkeypatch):
     launch(tracked(data, tmp_path / "run", "wandb", steps=8, branch_tokens=[4 * 256]), tmp_path / "run", ranks=1)
     [file] = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     lines = [{".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in r.history.item} for r in records_of_wandb(file) if r.HasField("history")]
-    assert [(line["step"], line["loss"]) for line in lines] == [(r["step"], r["loss"]) for r in logged(tmp_path / "run")]
+    assert [(line["train_step"], line["loss"]) for line in lines] == [(r["step"], r["loss"]) for r in logged(tmp_path / "run")]

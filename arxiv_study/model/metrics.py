@@ -160,7 +160,7 @@ class TensorBoard:
 
     def close(self): self.writer.close()
 
-# %% ../../nbs/model/06_metrics.ipynb #abbb6145
+# %% ../../nbs/model/06_metrics.ipynb #fd5de258
 MODULES = {"wandb": "WANDB_MODE", "trackio": None}  # and the variable that takes them online
 
 class ModuleTracker:
@@ -170,9 +170,9 @@ class ModuleTracker:
         mode = dict(mode=os.environ.get(variable, "offline")) if variable else {}
         where = dict(dir=str(out)) if name == "wandb" else {}
         self.module.init(project="arxiv-study", name="-".join(str(config[k]) for k in ("scale", "id", "seed") if k in config), config=config, **mode, **where)
-        if hasattr(self.module, "define_metric"): self.module.define_metric("*", step_metric="step")
+        if hasattr(self.module, "define_metric"): self.module.define_metric("*", step_metric="train_step")
 
-    def log(self, numbers: dict, step: int): self.module.log({**numbers, "step": step})
+    def log(self, numbers: dict, step: int): self.module.log({**numbers, "train_step": step})
 
     def close(self): self.module.finish()
 
