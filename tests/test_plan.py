@@ -253,7 +253,7 @@ def test_published_runs_fit_and_little_more_does():
     use = [published_use(r) for r in rows]
     assert len(rows) == 209 and max(use) < 1, max(zip(use, [(r["Model"], r["SeqLen (T)"], r["# GPUs"], r["GPU"], r["MicroBatchSize"]) for r in rows]))
     filled = [r for r in rows if r["Activation Checkpointing"] == "False" and r["Model"] in ("350m", "760m", "1b", "3b")]
-    assert sum(published_use(r, 2) > 1 for r in filled) > 0.75 * len(filled)
+    assert sum(published_use(r, 2) > 1 for r in filled) > 0.9 * len(filled)
 
 
 def test_published_utilisation_reaches_what_is_planned_with():

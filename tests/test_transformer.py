@@ -1,5 +1,4 @@
 """The model against other libraries and the closed form, and the memory of its loss."""
-import json, subprocess, sys
 from dataclasses import replace
 import pytest
 from arxiv_study.model.configuration import PRESETS, n_parameters
@@ -91,49 +90,6 @@ def test_a_loss_in_pieces_is_the_whole_loss(tied):
     matrix = 4 * c.vocab_size * c.d_model
     assert peaks[1] > 3 * logits
     assert peaks[0] < 2 * logits * 24 / 256 + 3 * matrix + 2**22, [p / logits for p in peaks]  # two copies of a piece, the output matrix's gradient before and after scaling, the embedding's
-
-
-# Without bf16 instructions PyTorch's products of bf16 matrices run at about 1 GFLOP/s and the pass would take hours: they are made in fp32 and rounded, one matrix at a time.
-MEASURE = """
-import json, resource, sys, time, torch
-from arxiv_study.model.configuration import PRESETS
-from arxiv_study.model.transformer import Transformer, summed_losses
-from torch.utils._python_dispatch import TorchDispatchMode
-class WideProducts(TorchDispatchMode):
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation not in (torch.ops.aten.mm.default, torch.ops.aten.mm.out) or args[0].dtype != torch.bfloat16: return operation(*args, **(kwargs or {}))
-        product = args[0].float() @ args[1].float()
-        return kwargs["out"].copy_(product) if kwargs else product.bfloat16()
-peak = lambda: next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmHWM")) * 1024
-torch.set_num_threads(2)
-before = peak()
-torch.set_default_dtype(torch.bfloat16)
-model = Transformer(PRESETS["paper"], seed=0)
-model.recompute = "none"
-ids = torch.randint(0, 35_584, (1, 769), generator=torch.Generator().manual_seed(0))
-start = time.time()
-with WideProducts():
-    objective, nats = summed_losses(model, ids[:, :-1], ids[:, 1:])
-    (objective / 768).backward()
-finite = all(bool(p.grad.isfinite().all()) for p in model.parameters())
-print(json.dumps(dict(loss=nats.item() / 768, finite=finite, peak=peak() - before, seconds=time.time() - start)))
-"""
-
-
-@pytest.mark.slow
-def test_forward_and_backward_of_the_whole_paper_model():
-    "1 x 768 tokens in bf16: finite gradients and the planner's memory; the optimizer's states, another 16 GB, are left out, since they do not fit here"
-    import psutil
-    from arxiv_study.model.plan import memory_bytes
-    import torch
-    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"): pytest.skip("this processor has no vector instructions for bf16, and without them this takes more than five minutes")
-    if psutil.virtual_memory().available < 12 * 2**30: pytest.skip("less than 12 GiB are free")
-    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, timeout=580)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    planned = memory_bytes(PRESETS["paper"], 1, 0, 1, 768, False)
-    assert found["finite"] and found["loss"] == pytest.approx(10.48, abs=1)  # ln 35,584, as a model that knows nothing
-    assert found["peak"] == pytest.approx(sum(planned[k] for k in ("weights", "gradients", "activations", "logits")), rel=0.15), (found, planned)
 
 
 def test_parameter_counts_on_the_meta_device():
