@@ -320,6 +320,24 @@ def test_a_crash_while_tidying_up(stock, tmp_path, monkeypatch, what):
         assert tree(tmp_path)[SNAPSHOT] == before and not leftovers(tmp_path)
         assert [path for path in arxiv.asked[asked:] if "oai" in path and "from=2026-11-26" not in path] == []
 
+def test_an_update_of_the_same_day_after_a_crash(stock, tmp_path, monkeypatch):
+    "The same request again: what a crash has left of its pages is not its answer."
+    records, payloads = stock
+    real = shutil.rmtree
+    def rmtree(path, *more, **options):
+        if ".fetch" in str(path): next(p for p in sorted(Path(path).rglob("page-*"))).unlink(); raise Crash
+        return real(path, *more, **options)
+    def changed(title): return [dict(r, title=title, update_date="2026-11-26") for r in records]
+    with serving(arxiv := Arxiv(records, payloads)) as address:
+        fetch_metadata(tmp_path, config_of(address))
+        arxiv.records = changed("second")
+        monkeypatch.setattr(shutil, "rmtree", rmtree)
+        with pytest.raises(Crash): fetch_metadata(tmp_path, config_of(address))
+        monkeypatch.undo()
+        arxiv.records = changed("third")
+        fetch_metadata(tmp_path, config_of(address))
+    assert {r.title for r in read_snapshot(tmp_path/SNAPSHOT)} == {"third"}
+
 def test_killed_and_given_again(stock, tmp_path):
     "SIGKILL in the middle of an answer, again and again, each time a few requests later."
     (tmp_path/"killed").mkdir()

@@ -123,16 +123,14 @@ def patiently(config:FetchConfig, sleep:Callable, read:Callable)->bytes: # error
         except Transient as e: last = e
     raise StudyError(f"{config.bulk} failed {config.tries} times ({last}); give the same command again later, it goes on from here")
 
-# %% ../../nbs/corpus/16_bulk.ipynb #03085d08
+# %% ../../nbs/corpus/16_bulk.ipynb #2372f6b3
 def fetch_manifest(store:Store, out:Path, config:FetchConfig=FetchConfig(), sleep:Callable=time.sleep)->list[TarEntry]: # errors: StudyError
     "Lay the manifest down in an arXiv folder, and read it."
     data = patiently(config, sleep, lambda: read_range(store, MANIFEST, 0, config.max_page_bytes))
     try: parse_xml(data)
     except Transient as e: raise StudyError(f"{store.address}/{MANIFEST} is no manifest ({e}); check bulk in [fetch] of settings.ini") from e
     with whole_file(out/MANIFEST) as f: f.write(data)
-    entries = read_manifest(out/MANIFEST)
-    for entry in entries: tar_month(entry)
-    return entries
+    return read_manifest(out/MANIFEST)
 
 # %% ../../nbs/corpus/16_bulk.ipynb #133b3cab
 def _missing(part:Path, entry:TarEntry)->Iterator[tuple[int,int]]:
