@@ -100,7 +100,7 @@ def curve_svg(values:list, width:int=480, height:int=80)->str:
     points = " ".join(f"{width*i/(len(finite)-1):.1f},{height*(high-v)/((high-low) or 1):.1f}" for i, v in enumerate(finite))
     return f'<svg role="img" aria-label="loss from {finite[0]:.2f} to {finite[-1]:.2f}" viewBox="-2 -2 {width+4} {height+4}" width="{width}"><polyline points="{points}" fill="none" stroke="{COLOURS[0]}" stroke-width="2"/></svg>'
 
-# %% ../../nbs/study/08_notebook.ipynb #e231e755
+# %% ../../nbs/study/08_notebook.ipynb #20416a6b
 def loss_figure(page:Page)->go.Figure:
     "Loss and gradient norm over tokens."
     steps, fig = load_steps(page.folder), go.Figure()
@@ -113,7 +113,7 @@ def loss_figure(page:Page)->go.Figure:
 
 def event_rows(page:Page)->list:
     "Spikes, divergence and evaluations."
-    return [{"event": e["event"], "step": e.get("step"), "loss": e.get("loss"), "held-out bits per byte": e.get("bits_per_byte"), "reason": e.get("reason")} for e in load_events(page.folder) if e["event"] != "checkpoint"]
+    return [{"event": e["event"], "step": e.get("step"), "loss": e.get("loss"), "held-out bits per byte": e.get("bits_per_byte"), "reason": e.get("reason")} for e in load_events(page.folder) if e["event"] not in ("checkpoint", "noise")]
 
 # %% ../../nbs/study/08_notebook.ipynb #6c758142
 def time_rows(result:dict)->list:
