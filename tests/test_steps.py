@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from arxiv_study.model.launch import launch
-from arxiv_study.storage import read_json
+from arxiv_study.storage import read_json, read_jsonl
 from model_runs import TINY, asked, data, series
 
 
@@ -69,6 +69,26 @@ def test_bf16_learns_as_fp32_does(data, tmp_path, zero_stage):
     np.testing.assert_allclose(ours[:, 1], fp32[:, 1], rtol=4 * 2**-9)  # a gradient passes several roundings
     assert fall(ours) > 0.9 * fall(fp32) > 0.04
     if zero_stage == 0: assert fall(np.array(plain_series(data, config, 2, 50, "bfloat16"))) < 0.5 * fall(fp32)
+
+
+@pytest.mark.parametrize("zero_stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_fp16_learns_as_fp32_does(data, tmp_path, zero_stage):
+    "A rounding of fp16 is 2^-11; the loss scale is taken out of gradient norms and updates"
+    config = asked(data, tmp_path / "run", dict(accumulation=2), steps=20, precision="fp16", zero_stage=zero_stage, lr_multiplier=0.1)
+    launch(config, tmp_path / "run", ranks=2)
+    ours, fp32 = np.array([s[2:] for s in series(tmp_path / "run")]), np.array(plain_series(data, config, 2, 20))
+    np.testing.assert_allclose(ours[:, 0], fp32[:, 0], rtol=2**-11)
+    np.testing.assert_allclose(ours[:, 1], fp32[:, 1], rtol=4 * 2**-11)
+
+
+def test_an_overflow_in_fp16_lowers_the_scale_and_the_run_goes_on(data, tmp_path):
+    "Weights fifty times too large make gradients that 2^16 times themselves are no number in fp16"
+    launch(asked(data, tmp_path / "run", model=replace(TINY, init_std=1.0), steps=10, precision="fp16", lr_multiplier=0.01), tmp_path / "run", ranks=2)
+    overflows = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r.get("event") == "overflow"]
+    assert [r["reason"].split()[-1] for r in overflows] == [str(2 ** (16 - k)) for k in range(len(overflows))] and len(overflows) >= 2
+    taken = series(tmp_path / "run")
+    assert sorted([s[1] for s in taken] + [r["step"] for r in overflows]) == list(range(10)) and all(np.isfinite(s[2:]).all() for s in taken)
+    assert read_json(tmp_path / "run" / "status.json")["state"] == "done"
 
 
 def rank_does(work, rank, folder, send, arguments):
