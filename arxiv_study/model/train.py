@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'LIFE', 'REMEDIES', 'Progress', 'Diverged', 'Preempted', 'Stop', 'Training', 'environment',
-           'prepare_folder', 'train', 'Interrupted', 'heed_signals', 'note_end', 'told', 'give_up', 'main']
+           'prepare_folder', 'train', 'Interrupted', 'heed_signals', 'note_end', 'told', 'give_up', 'end_held', 'main']
 
 # %% ../../nbs/model/11_train.ipynb #78990d97
 import argparse, ctypes, errno, faulthandler, importlib.metadata, json, math, os, platform, resource, shutil, signal, statistics, sys, time, traceback
@@ -643,14 +643,24 @@ def told(rank: str, e: Exception) -> str:
     remedy = next((r for r, signs in REMEDIES.items() if any(s in words for s in signs)), "see the traceback in its log")
     return f"rank {rank} ended by {type(e).__name__} ({first}): {remedy}, then launch again with resume"
 
-# %% ../../nbs/model/11_train.ipynb #e8e70eaa
+# %% ../../nbs/model/11_train.ipynb #2b37b2eb
 def give_up(out: Path, reason: str):
     "End this process from a thread"
     try:
         print(reason, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         note_end(out, reason)
+        end_held()
     finally: os._exit(1)
+
+
+def end_held():
+    "Kill the ranks of this run on this machine that SIGSTOP holds, which hear nothing else"
+    me = psutil.Process()
+    for p in psutil.process_iter():
+        try:
+            if p.status() == psutil.STATUS_STOPPED and (p.cmdline(), p.cwd()) == (me.cmdline(), me.cwd()): p.kill()
+        except psutil.Error: pass  # it has ended, or is another user's
 
 # %% ../../nbs/model/11_train.ipynb #ec895346
 def main(argv: list[str] | None = None) -> int:  # exit code
