@@ -101,14 +101,19 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         for name, value in headers.items(): self.send_header(name.replace("_", "-"), value)
         self.send_header(*(("Content-Length", str(len(data))) if announced else ("Transfer-Encoding", "chunked")))
+        if not data: self.close_account()
         self.end_headers()
         is_cut = self.fault == "cut" or callable(self.fault)
         half = len(data)//2 if is_cut else len(data)
-        if announced: self.wfile.write(data[:half])
+        if announced:
+            self.wfile.write(data[:half - 1])
+            self.close_account()
+            self.wfile.write(data[max(0, half - 1):half])
         else:
             for start in range(0, half, 1000):
                 piece = data[start:min(start + 1000, half)]
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+            self.close_account()
             if not is_cut: self.wfile.write(b"0\r\n\r\n")
         if callable(self.fault):
             self.wfile.flush()
@@ -120,13 +125,16 @@ class Handler(BaseHTTPRequestHandler):
         a = self.server.arxiv
         with a.lock:
             a.asked.append(self.path); a.times.append(a.clock()); a.headers.append(dict(self.headers))
-            a.now_open += 1
+            a.now_open, self.counted = a.now_open + 1, True
             a.most_open = max(a.most_open, a.now_open)
             n = len(a.asked)
         try: self.reply(a, n)
         except (BrokenPipeError, ConnectionResetError): pass # whoever asked has left
-        finally:
-            with a.lock: a.now_open -= 1
+        finally: self.close_account()
+
+    def close_account(self):
+        "The answer is over once its last byte is about to go: whoever asks next may do so before this thread has ended."
+        with self.server.arxiv.lock: self.server.arxiv.now_open, self.counted = self.server.arxiv.now_open - self.counted, False
 
     def reply(self, a, n):
         path, query = urlsplit(self.path).path, urlsplit(self.path).query
