@@ -86,7 +86,7 @@ def block_bytes(
     mask = e * recipe.context if recipe.documents else 0
     return norms + head_norms + 4 * e * d + 4 * h + mask + 4 * e * f
 
-# %% ../../nbs/model/14_plan.ipynb #4d3b55ac
+# %% ../../nbs/model/14_plan.ipynb #ffe451f2
 def is_recomputed(
     block: int,  # from 1
     mode: str,  # none, selective or full
@@ -94,7 +94,7 @@ def is_recomputed(
     "Whether a block keeps its input alone"
     return {"none": False, "selective": block % 2 == 0, "full": True}[mode]
 
-
+# %% ../../nbs/model/14_plan.ipynb #dae75b33
 def working_bytes(
     config: ModelConfig,
     recipe: Recipe,
@@ -148,7 +148,7 @@ def state_bytes(
     gathered = e * min(n, LIVE) if stage == 3 and n_devices > 1 else 0
     return dict(weights=e * n // split(3) + gathered, gradients=twice * e * n // split(2), optimizer=(8 + master) * n // split(1), buckets=e * min(n, BUCKET) if stage else 0)
 
-# %% ../../nbs/model/14_plan.ipynb #a6e4c88e
+# %% ../../nbs/model/14_plan.ipynb #5b39aaf6
 def backward_moments(
     config: ModelConfig,
     recipe: Recipe,
@@ -169,7 +169,7 @@ def backward_moments(
             dict(moment="loss, backward", activations=kept(config.n_layers) + last_norm, logits=backward, share=here(0.0)), *blocks,
             dict(moment="embedding", activations=batch, working=e * (n_tokens * config.d_model + matrix) + waiting, share=1.0)]
 
-
+# %% ../../nbs/model/14_plan.ipynb #77a9b424
 def _share(config: ModelConfig, block: int) -> float:
     "Gradients that are there when a block goes backward: the head's, those of blocks above, and its down product's"
     a_block = n_hidden_parameters(config) / config.n_layers
@@ -216,7 +216,7 @@ def peak_memory(config: ModelConfig, recipe: Recipe, n_devices: int, device: Dev
     "The moment that needs most"
     return max(memory_moments(config, recipe, n_devices, device, accumulated), key=total)
 
-# %% ../../nbs/model/14_plan.ipynb #ec5fb7da
+# %% ../../nbs/model/14_plan.ipynb #c4afab31
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#999999", "#E69F00", "#D55E00", "#CC79A7")  # of Okabe and Ito: with any colour vision
 PATTERNS = ("", "/", "\\", "x", "-", ".", "+")
 
@@ -233,26 +233,20 @@ def memory_figure(
     peaks = {name: peak_memory(config, r, n_devices, device) for name, r in recipes.items()}
     figure = go.Figure([go.Bar(y=list(peaks), x=[p[part] / 1e9 for p in peaks.values()], name=part, orientation="h", marker=dict(color=c, pattern_shape=s), hovertemplate="%{x:.1f} GB")
                         for part, c, s in zip(PARTS, COLOURS, PATTERNS)])
-    for size in sizes_gb: figure.add_vline(x=size, line_dash="dash", annotation_text=f"{size:g} GB")
+    for size in sizes_gb: figure.add_vline(x=size, line_dash="dash", annotation=dict(text=f"{size:g} GB", yref="paper", y=1.09))
     fit = {size: sum(total(p) < size * 1e9 for p in peaks.values()) for size in sizes_gb}
-    title = ", ".join(f"{k} of {len(peaks)} ways to train fit {size:g} GB" for size, k in fit.items())
+    title = f"Of {len(peaks)} ways to train, " + " and ".join(f"{'all' if k == len(peaks) else k or 'none'} fit {size:g} GB" for size, k in fit.items())
     return _finished(figure, title, f"Stacked bars of one device's memory at the worst moment of a step, one bar for each of {len(peaks)} ways to train. {title}.").update_layout(
-        barmode="stack", xaxis_title="memory of one device (GB)", yaxis=dict(autorange="reversed"), legend=dict(orientation="h", y=-0.2))
+        barmode="stack", xaxis_title="memory of one device (GB)", yaxis=dict(autorange="reversed"), legend=dict(orientation="h", y=-0.2, traceorder="normal"))
 
 
 def _finished(figure, title: str, alt: str):
     "Title that states the finding, and alternative text"
-    figure.update_layout(template="plotly_white", title=dict(text="<br>".join(_lines(title)), x=0, xanchor="left", font_size=15), height=430)
+    figure.update_layout(template="plotly_white", title=dict(text=title.replace("; ", ";<br>"), x=0, xanchor="left", font_size=15), height=430)
     figure.layout.meta = {"alt": alt}
     return figure
 
-
-def _lines(text: str, width: int = 100) -> list[str]:
-    "A title in lines that a page has room for"
-    import textwrap
-    return textwrap.wrap(text, width)
-
-# %% ../../nbs/model/14_plan.ipynb #59b17857
+# %% ../../nbs/model/14_plan.ipynb #3950a0b0
 def ring_bytes(
     kind: str,  # all_reduce, reduce_scatter or all_gather
     n_bytes: float,  # of the whole tensor
@@ -261,7 +255,7 @@ def ring_bytes(
     "Traffic of one collective on a ring"
     return {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}[kind] * n_bytes * (n_devices - 1) / n_devices
 
-
+# %% ../../nbs/model/14_plan.ipynb #f9a36696
 def collectives(config: ModelConfig, recipe: Recipe) -> dict:  # kind -> times a step, each over all parameters
     "What a step says to other devices"
     a, gathers = recipe.accumulation, 2 if n_parameters(config) > LIVE else 1
@@ -279,7 +273,7 @@ def communication_s(config: ModelConfig, recipe: Recipe, n_devices: int, device:
     gb_s = device.link_gb_s if n_devices <= device.a_machine else device.network_gb_s
     return sent_bytes(config, recipe, n_devices) / 1e9 / gb_s
 
-# %% ../../nbs/model/14_plan.ipynb #fc83d703
+# %% ../../nbs/model/14_plan.ipynb #32d31bab
 @dataclass(frozen=True)
 class Site:
     "Where a run is made: its storage, and what a device costs"
@@ -288,7 +282,7 @@ class Site:
     checkpoint_share: float = 0.01  # of the time that checkpoints may take
     price: float | None = None  # of a device for an hour
 
-
+# %% ../../nbs/model/14_plan.ipynb #738a34ee
 TOKENS, CHARACTERS, TARS = 28e9, 93.8e9, 9_547 * 500e6  # arXiv in RedPajama: tokens and characters; bytes of arXiv's own tars
 
 
@@ -302,7 +296,7 @@ def checkpoint_bytes(config: ModelConfig, recipe: Recipe) -> int:
     whole = state_bytes(config, recipe, 1)
     return whole["weights"] + whole["optimizer"]
 
-
+# %% ../../nbs/model/14_plan.ipynb #30144486
 def tokens_per_s(config: ModelConfig, recipe: Recipe, n_devices: int, device: Device, utilisation: float) -> float:
     "What all devices use"
     return device.flops * n_devices * utilisation / flops_per_token(config, recipe.context)
@@ -314,7 +308,7 @@ def needed_mb_s(config: ModelConfig, recipe: Recipe, rate: float, site: Site) ->
     found = {stage: rate * source_bytes(config)[source] / 1e6 for stage, source in stages.items()}
     return found | {f"a checkpoint every {site.checkpoint_every_s / 3600:g} h in {site.checkpoint_share:.0%} of the time": checkpoint_bytes(config, recipe) / (site.checkpoint_every_s * site.checkpoint_share) / 1e6}
 
-# %% ../../nbs/model/14_plan.ipynb #32ef9c24
+# %% ../../nbs/model/14_plan.ipynb #2fffe361
 def shared_out(
     recipe: Recipe,
     n_devices: int,
@@ -324,7 +318,7 @@ def shared_out(
     rows = max(1, min(recipe.rows, step_tokens // (recipe.context * n_devices)))
     return replace(recipe, rows=rows, accumulation=max(1, round(step_tokens / (rows * recipe.context * n_devices))))
 
-
+# %% ../../nbs/model/14_plan.ipynb #2444dd81
 def step_seconds(
     config: ModelConfig,
     recipe: Recipe,
@@ -371,7 +365,27 @@ def binding_table(
                     found.append(dict(source=source, context=context, gpus=n, storage_mb_s=mb_s, binds=binding(seconds), **seconds))
     return found
 
-# %% ../../nbs/model/14_plan.ipynb #fa85c802
+# %% ../../nbs/model/14_plan.ipynb #18e68c1e
+def _binding_map(rows: list[dict]):
+    "One map: a cell a combination"
+    import plotly.graph_objects as go
+    xs, ys = (sorted({r[k] for r in rows}) for k in ("gpus", "storage_mb_s"))
+    at, names = {(r["gpus"], r["storage_mb_s"]): r for r in rows}, list(RESOURCES)
+    cells = lambda f: [[f(at[x, y]) for x in xs] for y in ys]
+    scale = [[(i + k) / len(names), RESOURCES[n][0]] for i, n in enumerate(names) for k in (0, 1)]
+    return go.Heatmap(x=[str(x) for x in xs], y=[f"{y:,}" for y in ys], z=cells(lambda r: names.index(r["binds"])), zmin=-0.5, zmax=len(names) - 0.5, colorscale=scale, showscale=False, xgap=1, ygap=1,
+                      text=cells(lambda r: RESOURCES[r["binds"]][1]), texttemplate="%{text}", customdata=cells(lambda r: [r[n] for n in names]),
+                      hovertemplate="%{x} GPUs, %{y} MB/s<br>arithmetic %{customdata[0]:.3g} s, communication %{customdata[1]:.3g} s, storage %{customdata[2]:.3g} s<extra></extra>")
+
+# %% ../../nbs/model/14_plan.ipynb #5a1e89e4
+def _binding_title(table: list[dict]) -> str:
+    "What the maps say about storage and communication"
+    slow = lambda source: max((r["storage_mb_s"] for r in table if r["source"] == source and r["binds"] == "storage"), default=0)
+    said = [f"from {s} up to {slow(s):,} MB/s" for s in dict.fromkeys(r["source"] for r in table) if slow(s)]
+    talks = [r["gpus"] for r in table if r["binds"] == "communication"]
+    return ("Storage binds " + ", ".join(said) if said else "Storage never binds") + "; " + (f"communication from {min(talks)} GPUs" if talks else "communication never")
+
+# %% ../../nbs/model/14_plan.ipynb #3ef2512b
 def binding_figure(
     table: list[dict],  # from binding_table
 ):  # go.Figure
@@ -388,26 +402,6 @@ def binding_figure(
     figure.update_xaxes(title="GPUs", row=len(sources)).update_yaxes(title="storage (MB/s)", col=1)
     return _finished(figure, title, f"Maps of the binding resource over GPUs and storage bandwidth, one for each of {len(contexts)} lengths of sequence and {len(sources)} sources of tokens. {title}.").update_layout(
         height=560, legend=dict(orientation="h", y=-0.14))
-
-
-def _binding_map(rows: list[dict]):
-    "One map: a cell a combination"
-    import plotly.graph_objects as go
-    xs, ys = (sorted({r[k] for r in rows}) for k in ("gpus", "storage_mb_s"))
-    at, names = {(r["gpus"], r["storage_mb_s"]): r for r in rows}, list(RESOURCES)
-    cells = lambda f: [[f(at[x, y]) for x in xs] for y in ys]
-    scale = [[(i + k) / len(names), RESOURCES[n][0]] for i, n in enumerate(names) for k in (0, 1)]
-    return go.Heatmap(x=[str(x) for x in xs], y=[f"{y:,}" for y in ys], z=cells(lambda r: names.index(r["binds"])), zmin=-0.5, zmax=len(names) - 0.5, colorscale=scale, showscale=False, xgap=1, ygap=1,
-                      text=cells(lambda r: RESOURCES[r["binds"]][1]), texttemplate="%{text}", customdata=cells(lambda r: [r[n] for n in names]),
-                      hovertemplate="%{x} GPUs, %{y} MB/s<br>arithmetic %{customdata[0]:.3g} s, communication %{customdata[1]:.3g} s, storage %{customdata[2]:.3g} s<extra></extra>")
-
-
-def _binding_title(table: list[dict]) -> str:
-    "What the maps say about storage and communication"
-    slow = lambda source: max((r["storage_mb_s"] for r in table if r["source"] == source and r["binds"] == "storage"), default=0)
-    said = [f"from {s} up to {slow(s):,} MB/s" for s in dict.fromkeys(r["source"] for r in table) if slow(s)]
-    talks = [r["gpus"] for r in table if r["binds"] == "communication"]
-    return ("Storage binds " + ", ".join(said) if said else "Storage never binds") + "; " + (f"communication from {min(talks)} GPUs" if talks else "communication never")
 
 # %% ../../nbs/model/14_plan.ipynb #a3b1bc41
 def _row(part, quantity, value, unit): return dict(part=part, quantity=quantity, value=value, unit=unit)
