@@ -6,16 +6,16 @@
 __all__ = ['RECORDS', 'MAY_CHANGE', 'seal', 'read_manifest', 'AnotherRun', 'verified_state', 'push', 'publish', 'remove', 'sweep',
            'bytes_a_parameter', 'bytes_expected', 'check_space', 'together', 'save_checkpoint', 'saved_names',
            'newest_whole', 'newest_for_all', 'only_numbers', 'to_universal', 'load_checkpoint', 'flat', 'differences',
-           'refuse_differences', 'run_identity', 'save_model', 'load_model']
+           'refuse_differences', 'run_identity', 'save_model', 'load_model', 'checkpoint_weights']
 
-# %% ../../nbs/model/08_checkpoints.ipynb #c6183278
-import argparse, contextlib, hashlib, importlib, io, json, math, os, pickle, shutil
-from dataclasses import asdict
+# %% ../../nbs/model/08_checkpoints.ipynb #1d37a1f6
+import argparse, contextlib, hashlib, importlib, io, json, math, os, pickle, shutil, tempfile
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path, PurePosixPath
 from unittest import mock
 import torch
 from safetensors.torch import load_file, save
-from .configuration import ModelConfig, from_fields
+from .configuration import ModelConfig, RunConfig, from_fields
 from .engine import import_deepspeed
 from .transformer import Transformer
 from ..settings import StudyError
@@ -288,7 +288,7 @@ def _tidied(folder: Path, run: str) -> tuple[str | None, list[str]]:
         warnings.append(f"{folder / damaged} is set aside as {aside.name}; remove it when it has been looked at")
     return name, warnings
 
-# %% ../../nbs/model/08_checkpoints.ipynb #2bf386f9
+# %% ../../nbs/model/08_checkpoints.ipynb #dc8c75b8
 RECORDS = ("deepspeed.utils.tensor_fragment.fragment_address", "deepspeed.runtime.fp16.loss_scaler.LossScaler",
            "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler", "deepspeed.runtime.zero.config.ZeroStageEnum")
 
@@ -302,9 +302,8 @@ def only_numbers():
     with torch.serialization.safe_globals(records), mock.patch.object(torch, "load", held): yield
 
 
-def _vet(path: Path, run: str | None):
-    "Compare this rank's share of a checkpoint with the manifest, and look what its pickles would call"
-    share = slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size())
+def _vet(path: Path, run: str | None, share: slice = slice(None)):
+    "Compare a share of a checkpoint's files with the manifest, and look what its pickles would call"
     verified_state(path, run, share)
     for name in [n for n in list(read_manifest(path)["files"])[share] if n.endswith(".pt")]:
         if strange := _strangers(path / name): raise StudyError(f"{path / name} would call {strange[0]}, which no checkpoint of a run does")
@@ -358,7 +357,7 @@ def _apart(
     for state in inner.state.values():
         if torch.is_tensor(state.get("step")): state["step"] = state["step"].clone()
 
-# %% ../../nbs/model/08_checkpoints.ipynb #aee30d05
+# %% ../../nbs/model/08_checkpoints.ipynb #affe53d7
 def load_checkpoint(
     engine,
     path: Path,  # a checkpoint folder
@@ -366,7 +365,8 @@ def load_checkpoint(
 ) -> dict:  # its state
     "Verify a checkpoint, then put the model and the optimizer back as they were, on any number of ranks"
     path = Path(path)
-    together(lambda: _vet(path, run), f"{path} cannot be loaded", "remove it and resume from the one before")
+    share = slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size())
+    together(lambda: _vet(path, run, share), f"{path} cannot be loaded", "remove it and resume from the one before")
     manifest = read_manifest(path)
     as_it_is = engine.zero_optimization_stage() == 0 or manifest["ranks"] == torch.distributed.get_world_size()
     with contextlib.nullcontext(path) if as_it_is else _universal(engine, path) as source, only_numbers():
@@ -374,7 +374,7 @@ def load_checkpoint(
     if found is None: raise StudyError(f"{path} was not accepted by DeepSpeed: resume with the ZeRO stage it was written with")
     return manifest["state"]
 
-# %% ../../nbs/model/08_checkpoints.ipynb #55da6973
+# %% ../../nbs/model/08_checkpoints.ipynb #3b28c780
 MAY_CHANGE = {
     "training.checkpoint_every": "when the run is saved",
     "training.keep_checkpoints": "how many of those stay",
@@ -416,13 +416,18 @@ def refuse_differences(
 
 
 def run_identity(
-    config: dict,  # of a run
+    config: RunConfig,
 ) -> str:
     "What a run's checkpoints are signed with: its name, seed, and a fingerprint of all that a resume may not change"
-    rest = {k: v for k, v in flat(json.loads(json.dumps(config))).items() if k not in MAY_CHANGE}
-    return f"{config['id']}-s{config['seed']}-{fingerprint(rest)}"
+    return f"{config.id}-s{config.seed}-{fingerprint({k: v for k, v in flat(_chosen(config)).items() if k not in MAY_CHANGE})}"
 
-# %% ../../nbs/model/08_checkpoints.ipynb #9f703141
+
+def _chosen(record) -> dict:
+    "What is not at its default, so that a field that is added to the study later changes no run's identity"
+    values = {f.name: getattr(record, f.name) for f in fields(record) if getattr(record, f.name) != f.default}
+    return {name: _chosen(value) if is_dataclass(value) else value for name, value in values.items()}
+
+# %% ../../nbs/model/08_checkpoints.ipynb #f0e2bec8
 def save_model(
     model: Transformer,
     folder: Path,  # a run folder
@@ -432,16 +437,33 @@ def save_model(
     write_json(Path(folder) / "model.json", asdict(model.config))
     with whole_file(Path(folder) / "model.safetensors") as f: f.write(save(weights))
 
-
+# %% ../../nbs/model/08_checkpoints.ipynb #12ee02aa
 def load_model(
     folder: Path,  # a run folder
+    checkpoint: str | None = None,  # the model of this checkpoint instead, for instance of the best; the run need not have finished
 ) -> Transformer:
-    "The model of a finished run"
-    path = Path(folder) / "model.safetensors"
-    if not path.is_file(): raise StudyError(f"{folder} has no model.safetensors: the run has not finished")
-    model = Transformer(from_fields(ModelConfig, read_json(Path(folder) / "model.json"), "model"))
-    weights, wanted = load_file(path), dict(model.named_parameters())
-    if set(weights) != set(wanted): raise StudyError(f"{path} does not hold the weights that model.json describes: run the training again")
+    "The model of a finished run, or of a checkpoint on its way"
+    folder, path = Path(folder), Path(folder) / "checkpoints" / checkpoint if checkpoint else Path(folder) / "model.safetensors"
+    if not path.exists():
+        there = f"it has {', '.join(saved_names(path.parent)) or 'none'}" if checkpoint else "the run has not finished"
+        raise StudyError(f"{folder} has no {'checkpoint ' if checkpoint else ''}{path.name}: {there}")
+    config = read_json(folder / "config.json")["model"] if checkpoint else read_json(folder / "model.json")
+    model, weights = Transformer(from_fields(ModelConfig, config, "model")), checkpoint_weights(path) if checkpoint else load_file(path)
+    if model.config.tied: weights.pop("lm_head.weight", None)  # DeepSpeed stores the one matrix under both names
+    wanted = dict(model.named_parameters())
+    if set(weights) != set(wanted): raise StudyError(f"{path} does not hold the weights of its configuration: run the training again")
     with torch.no_grad():
-        for name, values in weights.items(): wanted[name].copy_(values)
+        for name, values in weights.items(): wanted[name].copy_(values.view_as(wanted[name]))
     return model.eval()
+
+
+def checkpoint_weights(
+    path: Path,  # a checkpoint
+) -> dict:  # fp32 tensors by name
+    "The weights of a checkpoint as the optimizer keeps them, from any number of ranks"
+    _vet(path, None)
+    with only_numbers(), tempfile.TemporaryDirectory(dir=path.parent, prefix=".", suffix=".part") as copy:
+        if not list(path.rglob("*optim_states.pt")): return {n: w.float() for n, w in torch.load(path / "deepspeed" / "mp_rank_00_model_states.pt")["module"].items()}
+        to_universal(path, Path(copy))
+        found = {p.parent.name: torch.load(p) for p in (Path(copy) / "deepspeed" / "zero").glob("*/fp32.pt")}
+    return {name: w["param"] if isinstance(w, dict) else w for name, w in found.items()}
