@@ -72,7 +72,7 @@ class Stop:
     armed: bool = False  # steps are being taken, so that there is something to save
     agreed: bool = False  # by all ranks
 
-# %% ../../nbs/model/11_train.ipynb #b4a3b2a2
+# %% ../../nbs/model/11_train.ipynb #c4067160
 class Training:
     "One run as one rank sees it"
     def __init__(self, config: RunConfig, out: Path, stop: Stop | None = None):
@@ -92,7 +92,7 @@ class Training:
         time_collectives(self.seconds)
         self.windows, self.metrics, self.trackers, self.saved_s = None, None, [], 0.0
         self.basis = None  # once the ranks can talk
-        self.identity, self.saved_as, self.resumed_from = run_identity(asdict(config)), None, None
+        self.identity, self.saved_as, self.resumed_from = run_identity(config), None, None
 
 
 @patch
