@@ -136,6 +136,7 @@ def stepped(rank, stage, precision, plan):
             loss += part.item() / 2
         if act == "take": found.append((loss, update(engine, 1.0, gradient_norm(engine))))
         else: drop_gradients(engine)
+    assert {x.dtype for p, moments in engine.basic_optimizer.state.items() for x in (p, *moments.values())} == {torch.float32}, "master weights, and their moments"
     with whole_weights(engine): weights = [p.detach().float().numpy().copy() for p in engine.module.parameters()]
     return found, weights, sorted({float(s["step"]) for s in engine.basic_optimizer.state.values()})
 
