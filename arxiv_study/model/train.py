@@ -583,7 +583,15 @@ def _of_its_life(lines: bytes, saved: str | None) -> bytes:
     def stays(event): return event.get("event") in LIFE or (event.get("event") == "checkpoint" and event["name"] == saved)
     return b"".join(line for line in lines.splitlines(keepends=True) if line.endswith(b"\n") and stays(json.loads(line)))
 
-# %% ../../nbs/model/11_train.ipynb #a148f856
+# %% ../../nbs/model/11_train.ipynb #0fe7b98a
+@patch
+def tell_start(self: Training):
+    "Into status.json, unless it says already how the run ended"
+    if self.rank: return
+    status = read_json(self.out / "status.json")
+    if status["state"] == "running": write_json(self.out / "status.json", {**status, "metrics_from": self.metrics.tell()})
+
+# %% ../../nbs/model/11_train.ipynb #80c62601
 def train(
     config: RunConfig,
     out: Path,  # run folder
@@ -599,6 +607,7 @@ def train(
     if heart: heart.counted = training.counted
     with timed(training.starting, "restore"): training.restore() if resume else None
     training.open_metrics()
+    training.tell_start()
     training.seconds["startup"] = time.time() - psutil.Process().create_time()
     if training.progress.step: training.log(dict(event="resumed", step=training.progress.step, checkpoint=training.resumed_from, ranks=training.world_size))
     try: training.conclude()
@@ -631,14 +640,14 @@ def note_end(out: Path, reason: str, state: str = "failed"):
     path = Path(out) / "status.json"
     if not path.is_file() or read_json(path)["state"] not in ("failed", "stopped"): write_json(path, dict(state=state, outcome=None, reason=reason))
 
-# %% ../../nbs/model/11_train.ipynb #8b6707c4
-REMEDIES = {"another rank has gone: see the logs of the others": ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "DistBackendError"),
-            "take fewer rows a micro-batch, training.activation_checkpointing full or a higher training.zero_stage": ("out of memory", "MemoryError", "can't allocate memory"),
-            "free some space on the disk": (os.strerror(errno.ENOSPC), os.strerror(errno.EFBIG))}
+# %% ../../nbs/model/11_train.ipynb #db05a825
+REMEDIES = {"another rank has gone or did not come: see the logs of the others": ("connection closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "distbackenderror"),
+            "take fewer rows a micro-batch, training.activation_checkpointing full or a higher training.zero_stage": ("out of memory", "memoryerror", "can't allocate memory"),
+            "free some space on the disk": (os.strerror(errno.ENOSPC).lower(), os.strerror(errno.EFBIG).lower())}
 
 def told(rank: str, e: Exception) -> str:
     "An error as one sentence with its remedy"
-    words = f"{type(e).__name__}: {e}"
+    words = f"{type(e).__name__}: {e}".lower()
     first = next(iter(str(e).strip().splitlines()), "")[:300]
     remedy = next((r for r, signs in REMEDIES.items() if any(s in words for s in signs)), "see the traceback in its log")
     return f"rank {rank} ended by {type(e).__name__} ({first}): {remedy}, then launch again with resume"
