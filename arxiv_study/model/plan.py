@@ -148,12 +148,12 @@ def state_bytes(
     gathered = e * min(n, LIVE) if stage == 3 and n_devices > 1 else 0
     return dict(weights=e * n // split(3) + gathered, gradients=twice * e * n // split(2), optimizer=(8 + master) * n // split(1), buckets=e * min(n, BUCKET) if stage else 0)
 
-# %% ../../nbs/model/14_plan.ipynb #5b39aaf6
+# %% ../../nbs/model/14_plan.ipynb #ca8b250b
 def backward_moments(
     config: ModelConfig,
     recipe: Recipe,
     cpu: bool,
-    accumulated: bool = True,  # gradients of micro-batches before are there
+    accumulated: bool | None = None,  # gradients of micro-batches before are there; None: where the recipe accumulates
 ) -> list[dict]:  # of moment, activations, logits, working and the share of gradients that is there
     "What forward and backward hold, at each moment that may be the peak"
     e, n_tokens, matrix = BYTES[recipe.precision], recipe.rows * recipe.context, config.vocab_size * config.d_model
@@ -163,7 +163,8 @@ def backward_moments(
     last_norm = n_tokens * norm_bytes(config.d_model, e, cpu)
     forward, backward = loss_bytes(config, recipe)
     waiting = e * matrix if config.tied else 0
-    here = lambda done: 1.0 if accumulated else done
+    there = recipe.zero_stage == 3 or (recipe.accumulation > 1 if accumulated is None else accumulated)
+    here = lambda done: 1.0 if there else done
     blocks = [dict(moment=f"block {k}", activations=kept(k), working=n_tokens * working_bytes(config, recipe, k, cpu) + waiting, share=here(_share(config, k))) for k in range(config.n_layers, 0, -1)]
     return [dict(moment="loss", activations=kept(config.n_layers) + last_norm, logits=forward, share=here(0.0)),
             dict(moment="loss, backward", activations=kept(config.n_layers) + last_norm, logits=backward, share=here(0.0)), *blocks,
@@ -190,7 +191,7 @@ def update_bytes(
     largest = max(config.vocab_size, config.d_ffn) * config.d_model
     return 1.0, (0 if recipe.precision == "fp32" else 4 * n) + (8 * largest if cpu else 4 * group)
 
-# %% ../../nbs/model/14_plan.ipynb #975d7d82
+# %% ../../nbs/model/14_plan.ipynb #ec9ed3aa
 PARTS = ("weights", "gradients", "optimizer", "buckets", "activations", "logits", "working")
 
 
@@ -199,12 +200,12 @@ def memory_moments(
     recipe: Recipe,
     n_devices: int,
     device: Device,
-    accumulated: bool = True,
+    accumulated: bool | None = None,  # as in backward_moments
 ) -> list[dict]:  # of moment and of bytes by part
     "Memory of one device at each moment that may be the peak"
     state = state_bytes(config, recipe, n_devices)
     share, working = update_bytes(config, recipe, n_devices, device.cpu)
-    found = backward_moments(config, recipe, device.cpu, accumulated or recipe.zero_stage == 3) + [dict(moment="update", working=working, share=share)]
+    found = backward_moments(config, recipe, device.cpu, accumulated) + [dict(moment="update", working=working, share=share)]
     for m in found: m["gradients"] = int(m.pop("share") * state["gradients"])
     return [dict(moment=m["moment"]) | {k: m.get(k, state.get(k, 0)) for k in PARTS} for m in found]
 
@@ -212,7 +213,7 @@ def memory_moments(
 def total(moment: dict) -> int: return sum(moment[k] for k in PARTS)
 
 
-def peak_memory(config: ModelConfig, recipe: Recipe, n_devices: int, device: Device, accumulated: bool = True) -> dict:
+def peak_memory(config: ModelConfig, recipe: Recipe, n_devices: int, device: Device, accumulated: bool | None = None) -> dict:
     "The moment that needs most"
     return max(memory_moments(config, recipe, n_devices, device, accumulated), key=total)
 
