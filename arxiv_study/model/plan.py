@@ -404,7 +404,7 @@ def binding_figure(
     return _finished(figure, title, f"Maps of the binding resource over GPUs and storage bandwidth, one for each of {len(contexts)} lengths of sequence and {len(sources)} sources of tokens. {title}.").update_layout(
         height=560, legend=dict(orientation="h", y=-0.14))
 
-# %% ../../nbs/model/14_plan.ipynb #a3b1bc41
+# %% ../../nbs/model/14_plan.ipynb #b70fb4be
 def _row(part, quantity, value, unit): return dict(part=part, quantity=quantity, value=value, unit=unit)
 
 
@@ -425,13 +425,14 @@ def _time_rows(config: ModelConfig, recipe: Recipe, n_devices: int, device: Devi
     again, hours = hardware_flops_per_token(config, recipe.context, recipe.recomputation) / flops_per_token(config, recipe.context), lambda u: 24 * n_devices * days(flops, device, n_devices, u)
     range_ = sorted({1.0, 0.5, 0.45, 0.4, 0.3, utilisation}, reverse=True)
     rows = [_row("training", "tokens a step", step, "tokens"), _row("training", "steps", max(1, round(recipe.tokens / step)), "steps"), _row("training", "arithmetic", float(flops), "FLOP"),
+            _row("training", "passes over arXiv's 28 billion tokens", round(recipe.tokens / TOKENS, 2), "passes"),
             *[_row("time", f"at {u:.0%} MFU", round(days(flops, device, n_devices, u), 1), "days") for u in range_],
             *[_row("GPU time", f"at {u:.0%} MFU", round(hours(u)), "GPU-hours") for u in range_],
             _row("GPU time", f"HFU that {utilisation:.0%} MFU means, recomputation {recipe.recomputation}", round(100 * utilisation * again, 1), "%")]
     if site.price is not None: rows += [_row("cost", f"at {u:.0%} MFU and {site.price:g} a GPU-hour", round(hours(u) * site.price), "") for u in range_]
     return rows
 
-# %% ../../nbs/model/14_plan.ipynb #03f6c661
+# %% ../../nbs/model/14_plan.ipynb #a1d8ecd0
 def _memory_rows(config: ModelConfig, recipe: Recipe, n_devices: int, device: Device) -> list[dict]:
     "The worst moment by part, the other moments, and what recomputation would change"
     peak, part = peak_memory(config, recipe, n_devices, device), "memory of one GPU"
@@ -451,6 +452,7 @@ def _traffic_rows(config: ModelConfig, recipe: Recipe, n_devices: int, device: D
     return [*[_row("communication", f"ZeRO-{z}, sent by a GPU in a step", _gb(sent_bytes(config, replace(recipe, zero_stage=z), n_devices)), "GB") for z in range(4)],
             *[_row("communication", f"ZeRO-{z}, at the links' bandwidth", round(communication_s(config, replace(recipe, zero_stage=z), n_devices, device), 3), "s a step") for z in range(4)],
             *[_row(f"storage, for GPUs at {utilisation:.0%} MFU never to wait", stage, round(r, 3), "MB/s") for stage, r in needed_mb_s(config, recipe, rate, site).items()],
+            _row("storage", f"all of arXiv's tars, read once at {site.storage_mb_s:g} MB/s", round(TARS / 1e6 / site.storage_mb_s / 3600, 2), "h"),
             _row("storage", "shards", _gb(recipe.tokens * source_bytes(config)["packed shards"]), "GB"), _row("storage", "a checkpoint", _gb(checkpoint), "GB"),
             _row("storage", f"a checkpoint at {site.storage_mb_s:g} MB/s", round(checkpoint / 1e6 / site.storage_mb_s, 1), "s"),
             *[_row("a step", k, round(v, 3), "s") for k, v in seconds.items()], _row("a step", "binds", binding(seconds), "")]
