@@ -14,7 +14,7 @@ EXTRAS ?= dev,docs,baselines
 # make study ARXIV=DIR SCALE=desk WORKSPACE=DIR ARGS="--only R01,R02"
 STUDY = $(if $(ARXIV),--arxiv "$(ARXIV)") $(if $(SCALE),--scale "$(SCALE)") $(if $(WORKSPACE),--workspace "$(WORKSPACE)") $(ARGS)
 
-.PHONY: help install study test test-slow docs lab clean clean-notebooks
+.PHONY: help install study test test-slow docs lab hooks clean clean-notebooks
 
 help:
 	@echo "make study   arXiv sources in, a finished study out (ARXIV=DIR SCALE=smoke|desk WORKSPACE=DIR ARGS=...)"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-slow   the campaigns: kills, mutated archives, memory"
 	@echo "make docs    the site, in $(SITE)/"
 	@echo "make lab     JupyterLab on nbs/"
+	@echo "make hooks   git refuses commits with outputs or a stale export"
 	@echo "make clean-notebooks   clears outputs, as notebooks are committed"
 	@echo "make clean   removes $(VENV) and $(SITE), keeps the workspace"
 
@@ -49,6 +50,9 @@ docs: install
 
 lab: install
 	$(BIN)/arxiv-study lab
+
+hooks: install
+	git config core.hooksPath .githooks
 
 # nbdev-clean keeps outputs and, with clear_all, drops papermill's tag: so outputs are cleared apart from it.
 clean-notebooks: install

@@ -93,10 +93,12 @@ def listing(room:str, chapters)->str:
         lines.append("- [Reasons](reasons.md): Why a paper is not in the corpus, one row a reason.")
     return "\n".join(["## Chapters" if lines else "", "", *lines, "", toctree(names)])
 
+WRITTEN = ("limits", "contributing") # pages that are not notebooks: docs/*.md
+
 def root_entries(chapters, root:Path)->list[str]:
     rooms = [r for r in ROOMS if any(c.page.startswith(f"{r}/") for c in chapters)]
     if any((root/"runs").glob("R*.yaml")): rooms.append("runs")
-    return [f"{r}/index" for r in rooms] + ["foundation"]
+    return [f"{r}/index" for r in rooms] + ["foundation", *WRITTEN]
 
 def toctree(entries)->str: return "\n".join(["```{toctree}", ":hidden:", "", *entries, "```"]) if entries else ""
 
@@ -109,6 +111,7 @@ def generated_pages(chapters, root:Path, work:Path)->dict[str, str]:
         if room in ROOMS and entry not in have: pages[f"{entry}.md"] = f"# {room.capitalize()}\n\n{listing(room, chapters)}\n"
     if "runs/index" in root_entries(chapters, root) and "runs/index" not in have: pages["runs/index.md"] = runs_page(root, chapters)
     pages["foundation.md"] = (Path(__file__).parent/"foundation.md").read_text(encoding="utf-8") + "\n" + listing("", chapters)
+    for name in WRITTEN: pages[f"{name}.md"] = (Path(__file__).parent/f"{name}.md").read_text(encoding="utf-8")
     if any(c.page.startswith("corpus/") for c in chapters): pages["corpus/reasons.md"] = reasons_page(lost_in_miniature(work) if "corpus/pipeline" in have else None)
     return pages
 
