@@ -216,8 +216,19 @@ def test_dripping_bytes_are_not_waited_for(stock, tmp_path):
     with serving(Arxiv(*stock, fault=lambda n, path: "slow" if "/e-print/" in path else None)) as address:
         config = config_of(address, timeout_s=.3, tries=2)
         start = time.monotonic()
-        with pytest.raises(GivenUp, match="too slow"): fetch_eprints(tmp_path, Wanted(ids=tuple(wanted_of(stock, 1))), config)
+        with pytest.raises(GivenUp, match="too slow"): fetch_eprints(tmp_path, Wanted(ids=tuple(wanted_of(stock, 3))), config)
     assert time.monotonic() - start < 20 and set(tree(tmp_path)) == {SNAPSHOT} and not leftovers(tmp_path)
+
+def test_one_paper_that_fails_does_not_keep_the_others(stock, good, tmp_path):
+    ids = wanted_of(stock)
+    bad = ids[3]
+    with serving(arxiv := Arxiv(*stock, fault=lambda n, path: "busy" if path.endswith(bad) and "/e-print/" in path else None)) as address:
+        config = config_of(address)
+        summary = fetch_eprints(tmp_path, Wanted(ids=tuple(ids)), config, client=impatient(config))
+        assert summary["failed"] == 1 and len(tree(good)) - len(tree(tmp_path)) <= 1
+        arxiv.fault = lambda n, path: None
+        fetch_eprints(tmp_path, Wanted(ids=tuple(ids)), config, client=impatient(config))
+    assert tree(tmp_path) == tree(good)
 
 def test_a_redirect_to_another_host_is_not_followed(stock, tmp_path):
     with serving(arxiv := Arxiv(*stock)) as address:

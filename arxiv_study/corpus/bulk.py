@@ -7,8 +7,8 @@ __all__ = ['MANIFEST', 'GIB', 'USD_PER_REQUEST', 'tar_month', 'parse_months', 'c
            'in_plain_words', 'Store', 'open_store', 'read_range', 'patiently', 'fetch_manifest', 'fetch_tar',
            'is_there', 'bill', 'check_space', 'fetch_bulk']
 
-# %% ../../nbs/corpus/16_bulk.ipynb #a2d99a6c
-import asyncio, os, re, shutil, sys, time
+# %% ../../nbs/corpus/16_bulk.ipynb #29439c6a
+import asyncio, io, os, re, shutil, sys, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -199,7 +199,7 @@ def check_space(out:Path, gigabytes:float): # errors: StudyError
     free = shutil.disk_usage(out).free/1e9
     if gigabytes > free: raise StudyError(f"{gigabytes:,.1f} GB are to be fetched, but the disk of {out} has {free:,.1f} GB free; choose fewer months or a smaller --budget-gb")
 
-# %% ../../nbs/corpus/16_bulk.ipynb #749787e2
+# %% ../../nbs/corpus/16_bulk.ipynb #4c64f187
 def fetch_bulk(out:Path, config:FetchConfig=FetchConfig(), months:str|None=None, budget_gb:float|None=None, budget_usd:float|None=None, usd_per_gb:float|None=None,
                agree:Callable=lambda bill: True, # asked before anything but the manifest is fetched
                store:Store|None=None, sleep:Callable=time.sleep, quiet:bool=False)->dict: # the bill, and what came of it
@@ -215,7 +215,7 @@ def fetch_bulk(out:Path, config:FetchConfig=FetchConfig(), months:str|None=None,
         told = bill(todo, chosen, store, notes, usd_per_gb)
         check_space(out, told["to_fetch_gb"])
         if todo and not agree(told): return dict(told, fetched=0)
-        with Bar("tars", told["to_fetch_gb"], every_s=float("inf") if quiet else 5., unit=" GB") as bar:
+        with Bar("tars", told["to_fetch_gb"], out=io.StringIO() if quiet else None, unit=" GB") as bar:
             for entry in todo:
                 fetch_tar(store, entry, out, notes, config, sleep, bar)
                 _note(notes, entry)

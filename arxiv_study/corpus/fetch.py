@@ -9,8 +9,8 @@ __all__ = ['SNAPSHOT', 'FetchConfig', 'fetch_config', 'check_address', 'Transien
            'Wanted', 'first_day', 'is_wanted', 'check_ids', 'choose', 'choose_from', 'ending_of', 'eprint_path',
            'is_whole_gzip', 'Outcome', 'download', 'fetch_eprints']
 
-# %% ../../nbs/corpus/15_fetch.ipynb #930ec2fe
-import configparser, hashlib, http.client, json, re, shutil, ssl, time, urllib.error, urllib.request, zlib
+# %% ../../nbs/corpus/15_fetch.ipynb #52b6c307
+import configparser, hashlib, http.client, io, json, re, shutil, ssl, time, urllib.error, urllib.request, zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ from ..progress import Bar, duration
 from ..settings import StudyError
 from ..storage import clear_abandoned, file_sha256, fingerprint, read_json, whole_file, write_json
 
-# %% ../../nbs/corpus/15_fetch.ipynb #bff4163e
+# %% ../../nbs/corpus/15_fetch.ipynb #740cc56e
 @dataclass(frozen=True)
 class FetchConfig:
     "Where arXiv is asked, and how politely: the section `[fetch]` of settings.ini."
@@ -44,7 +44,7 @@ class FetchConfig:
     tries: int = 6 # of one request
     backoff_s: float = 5. # before the second try, doubled before each further one
     most_wait_s: float = 900. # no wait is longer: beyond that the command ends and can be given again
-    timeout_s: float = 60. # without a byte
+    timeout_s: float = 120. # without a byte; arXiv may think for a minute over a page of records
     min_bytes_per_s: float = 500. # a slower answer is given up
     max_page_bytes: int = 1<<28 # of a page of records; arXiv's have some 10 MB
     max_eprint_bytes: int = 1<<30
@@ -420,7 +420,7 @@ def _put_away(folder:Path)->Path: # where it lies now; whatever ends so is remov
     folder.rename(gone)
     return gone
 
-# %% ../../nbs/corpus/15_fetch.ipynb #1bbec98d
+# %% ../../nbs/corpus/15_fetch.ipynb #54d9c365
 def _harvested(out:Path, notes:Path, of:dict)->dict: # errors: StudyError where the snapshot is not of this kind
     "What is known of the snapshot to be written: its kind, and the day up to which it is complete."
     done, snapshot = notes/"harvest.json", out/SNAPSHOT
@@ -432,16 +432,18 @@ def _harvested(out:Path, notes:Path, of:dict)->dict: # errors: StudyError where 
     if {k: before[k] for k in of} != of: raise StudyError(f"{snapshot} holds {before['prefix']} records of {before['set'] or 'all sets'}; fetch others into another folder")
     return before
 
-def _counted(pages:Iterable[Page], quiet:bool)->str|None: # the server's day at the first page
+def _bar(what:str, total:float, quiet:bool)->Bar: return Bar(what, total, out=io.StringIO() if quiet else None)
+
+def _counted(pages:Iterable[Page], quiet:bool)->tuple[str|None,int]: # the server's day at the first page, and how many records came
     "Go through pages with a bar that counts records; how many there will be no server says."
     day = None
-    with Bar("records", 0, every_s=float("inf") if quiet else 5.) as bar:
+    with _bar("records", 0, quiet) as bar:
         for page in pages:
             day, bar.total = day or page.day, bar.done + len(page.records)
             bar.advance(len(page.records))
-    return day or None
+    return day or None, bar.done
 
-# %% ../../nbs/corpus/15_fetch.ipynb #fcead86d
+# %% ../../nbs/corpus/15_fetch.ipynb #3c2463f7
 def fetch_metadata(out:Path, config:FetchConfig=FetchConfig(), prefix:str="arXivRaw", set:str|None=None, start:str|None=None, until:str|None=None,
                    client:Client|None=None, quiet:bool=False)->dict: # records, pages, requests
     "Harvest records into the snapshot of an arXiv folder; one that is there is brought up to date."
@@ -450,12 +452,12 @@ def fetch_metadata(out:Path, config:FetchConfig=FetchConfig(), prefix:str="arXiv
         before = _harvested(out, notes, dict(prefix=prefix, set=set))
         request = list_request(prefix, set, start or before["day"], until)
         folder = notes/f"pages-{fingerprint(request)}"
-        day = _counted(harvest(client, request, folder), quiet)
+        day, came = _counted(harvest(client, request, folder), quiet)
+        if not came and not (out/SNAPSHOT).exists(): raise StudyError("no record matches; check --set, --from and --until")
         n_pages, n = len(_page_files(folder)), merge_records(chain(_old_lines(out/SNAPSHOT), _lines(folder)), out/SNAPSHOT)
         gone = _put_away(folder)
         write_json(notes/"harvest.json", dict(prefix=prefix, set=set, day=day or before["day"]))
         shutil.rmtree(gone)
-    if not n: raise StudyError("no record matches; check --set, --from and --until")
     return dict(records=n, pages=n_pages, requests=client.n_requests)
 
 # %% ../../nbs/corpus/15_fetch.ipynb #2bae711f
@@ -495,7 +497,7 @@ def is_wanted(record:Record, wanted:Wanted)->bool:
     day = first_day(record)
     return not (wanted.start and day < wanted.start or wanted.until and (not day or day > wanted.until))
 
-# %% ../../nbs/corpus/15_fetch.ipynb #9907385e
+# %% ../../nbs/corpus/15_fetch.ipynb #c975dc03
 def _requests(wanted:Wanted)->list[dict]:
     "The lists in which wanted papers are."
     return [list_request(set=s, start=wanted.start) for s in dict.fromkeys(map(set_of, wanted.categories))] or [list_request(start=wanted.start)]
@@ -513,7 +515,8 @@ def _one_by_one(client:Client, ids:Iterable[str], folder:Path)->Iterator[Page]: 
 
 def check_ids(ids:Iterable[str])->tuple: # errors: StudyError names one that is none
     "Ids without their versions, each once."
-    bare = list(dict.fromkeys(re.sub(r"v\d+$", "", i.strip().removeprefix("arXiv:")) for i in ids if i.strip()))
+    without_class = lambda i: re.sub(r"^([a-z-]+)\.[A-Z]{2}/", r"\1/", i) # math.GT/0309136 is filed as math/0309136
+    bare = list(dict.fromkeys(without_class(re.sub(r"v\d+$", "", i.strip().removeprefix("arXiv:"))) for i in ids if i.strip()))
     for i in bare:
         if not _arxiv_id.fullmatch(i): raise StudyError(f"{i!r} is no arXiv id; write it as 2101.00001 or hep-th/9901001", code=2)
     return tuple(bare)
@@ -568,11 +571,11 @@ def is_whole_gzip(path:Path, most_bytes:int=1<<30, step:int=1<<20)->bool: # most
         except zlib.error: return False
     return n > most_bytes
 
-# %% ../../nbs/corpus/15_fetch.ipynb #c6fda00e
+# %% ../../nbs/corpus/15_fetch.ipynb #401b7502
 class Outcome(msgspec.Struct, omit_defaults=True):
     "What came of a request for an e-print."
     id: str
-    outcome: str # whole, damaged, withdrawn, not_found, too_large or page
+    outcome: str # whole, damaged, withdrawn, not_found, too_large or failed
     name: str = "" # of the file, within the arXiv folder
     n_bytes: int = 0
     sha256: str = ""
@@ -612,7 +615,7 @@ class _Taker:
                 raise Transient("the gzip stream breaks off or does not check out")
         return Outcome(self.paper, "whole" if sound else "damaged", name.as_posix(), n, digest.hexdigest())
 
-# %% ../../nbs/corpus/15_fetch.ipynb #001b01ea
+# %% ../../nbs/corpus/15_fetch.ipynb #36e5fc98
 def _known(notes:Path, out:Path)->dict[str,Outcome]: # id -> what came of it, where that still holds
     "What earlier fetches got; a file that is gone, or of another length, counts as not fetched."
     path, known = notes/"eprints.jsonl", {}
@@ -625,32 +628,37 @@ def _known(notes:Path, out:Path)->dict[str,Outcome]: # id -> what came of it, wh
     with whole_file(path) as f: f.writelines(msgspec.json.encode(o) + b"\n" for o in known.values())
     return known
 
-def _one(client:Client, out:Path, paper:str)->Outcome: # errors: GivenUp where the server cannot be talked to
+def _one(client:Client, out:Path, paper:str)->Outcome: # errors: GivenUp
     "Ask for one e-print."
     try: return client.ask(f"{client.config.eprints}/{quote(paper)}", _Taker(client, out, paper))
     except Gone: return Outcome(paper, "not_found")
     except TooLarge: return Outcome(paper, "too_large")
-    except GivenUp as e:
-        if isinstance(e.last, NotSource): return Outcome(paper, "page")
-        raise
 
-# %% ../../nbs/corpus/15_fetch.ipynb #42991a2c
+# %% ../../nbs/corpus/15_fetch.ipynb #58f25dfc
+def _stop(client:Client, failures:list[GivenUp]): # errors: StudyError
+    "End where the server wants to be left alone, or three papers in a row have failed."
+    if (failures[-1].last.wait_s or 0) > client.config.most_wait_s: raise failures[-1]
+    if len(failures) < 3: return
+    if not any(isinstance(e.last, NotSource) for e in failures): raise failures[-1]
+    raise StudyError(f"{urlsplit(client.config.eprints).hostname} answers with pages instead of e-prints ({failures[-1].last}); it has probably closed its door to this machine: wait a day before the same command is given again")
+
 def download(client:Client, ids:list[str], out:Path, notes:Path, quiet:bool=False)->Counter: # papers by outcome
     "Ask for e-prints one by one, those left out that are there."
-    known, pages = _known(notes, out), 0
+    known, failures = _known(notes, out), []
     counts = Counter(f"{known[i].outcome}_before" for i in ids if i in known)
     todo = [i for i in ids if i not in known]
-    with open(notes/"eprints.jsonl", "ab") as log, Bar("e-prints", len(todo), every_s=float("inf") if quiet else 5.) as bar:
+    with open(notes/"eprints.jsonl", "ab") as log, _bar("e-prints", len(todo), quiet) as bar:
         for paper in todo:
-            bar.note = paper
-            came = _one(client, out, paper)
-            pages = pages + 1 if came.outcome == "page" else 0
-            if pages == 3: raise StudyError(f"{urlsplit(client.config.eprints).hostname} answers with pages instead of e-prints; it has probably closed its door to this machine: wait a day before the same command is given again")
-            if came.outcome != "page": # which may be another one tomorrow
+            try:
+                came, failures = _one(client, out, paper), []
                 log.write(msgspec.json.encode(came) + b"\n")
                 log.flush()
+            except GivenUp as e:
+                came = Outcome(paper, "failed") # which is not noted: tomorrow it may be another
+                failures.append(e)
+                _stop(client, failures)
             counts[came.outcome] += 1
-            bar.advance()
+            bar.advance(note=paper)
     return counts
 
 # %% ../../nbs/corpus/15_fetch.ipynb #f3859c17
@@ -676,7 +684,7 @@ def _ids(client:Client, wanted:Wanted, out:Path, notes:Path, snapshot:Path|None)
     if folder.exists(): shutil.rmtree(_put_away(folder))
     return read_json(asked)
 
-# %% ../../nbs/corpus/15_fetch.ipynb #1dbb3073
+# %% ../../nbs/corpus/15_fetch.ipynb #65b9d03b
 def fetch_eprints(out:Path, wanted:Wanted, config:FetchConfig=FetchConfig(), snapshot:Path|None=None, # whose records to choose from; None: the folder's own, else they are harvested
                   client:Client|None=None, quiet:bool=False)->dict: # papers by outcome, requests
     "Fetch e-prints and their records into an arXiv folder; what is there and whole is not asked for again."
@@ -687,4 +695,5 @@ def fetch_eprints(out:Path, wanted:Wanted, config:FetchConfig=FetchConfig(), sna
         ids = _ids(client, wanted, out, notes, snapshot)
         if not ids: raise StudyError("no paper matches; check --category, --licence, --from and --until")
         counts = download(client, ids, out, notes, quiet)
+    if counts["failed"]: client.say(f"{counts['failed']} e-prints could not be had; give the same command again later")
     return dict(asked=len(ids), **dict(sorted(counts.items())), requests=client.n_requests)
