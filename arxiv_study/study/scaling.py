@@ -7,8 +7,8 @@ __all__ = ['POINT_COLUMNS', 'HUBER_DELTA', 'OBJECTIVE_SCALE', 'NAMES', 'EPOCH', 
            'read_points', 'log_sum_exp', 'huber_objective', 'starts', 'ScalingLaw', 'fit_law', 'bootstrap_intervals',
            'profile', 'profile_interval', 'profile_width', 'kaplan_objective', 'KaplanLaw', 'fit_kaplan',
            'Extrapolation', 'extrapolation', 'Optimum', 'compute_optimal', 'iso_flop', 'Valley', 'iso_flop_valley',
-           'effective_tokens', 'fresh_equivalent', 'repeats_worth', 'why_not_identified', 'fit_points', 'fit_rows',
-           'SizeSlope', 'size_slope']
+           'effective_tokens', 'fresh_equivalent', 'repeats_worth', 'why_not_identified', 'fit_answer', 'fit_points',
+           'fit_rows', 'SizeSlope', 'size_slope']
 
 # %% ../../nbs/study/05_scaling.ipynb #ab98c235
 import csv, math
@@ -294,7 +294,7 @@ def repeats_worth(n_tokens:float, n_unique:float, effective:float)->tuple: # R* 
     worth = lambda ln_r: math.exp(ln_r)*-math.expm1(-repeats/math.exp(ln_r))-gained
     return math.exp(brentq(worth, math.log(1e-3*gained), math.log(1e4*repeats))), None
 
-# %% ../../nbs/study/05_scaling.ipynb #3bf71fc1
+# %% ../../nbs/study/05_scaling.ipynb #bdd1c6e3
 WIDEST_ALPHA = .2    # a wider profile identifies no exponent
 
 def why_not_identified(points:np.ndarray, widths:dict # of the profiles of alpha and beta
@@ -305,12 +305,11 @@ def why_not_identified(points:np.ndarray, widths:dict # of the profiles of alpha
     open_ = [f"the 95 % profile of {name} is {width:.2f} wide, more than {WIDEST_ALPHA}" for name, width in widths.items() if width > WIDEST_ALPHA]
     return f"{' and '.join(open_)}: these {len(points)} points do not fix the law" if open_ else None
 
-def fit_points(path:Path, # a CSV file, see `read_points`
+def fit_answer(points:np.ndarray, # [points, 3]: parameters, tokens, loss
                n_draws:int=200, # of the bootstrap
                flops:float|None=None # also the best use of this budget
               )->dict: # A, B, E, alpha, beta, objective; the rest nested
-    "Fit a table of runs, with intervals, and whether the exponents are identified."
-    points = read_points(path)
+    "A fit with intervals, and whether the exponents are identified."
     law = fit_law(points)
     profiles = {name: profile_interval(points, law, name) for name in ("alpha", "beta", "E")}
     widths = {name: high-low for name, (low, high) in profiles.items()}
@@ -319,6 +318,11 @@ def fit_points(path:Path, # a CSV file, see `read_points`
               "intervals": bootstrap_intervals(points, law, n_draws), "profiles": {name: list(ends) for name, ends in profiles.items()},
               "kaplan": asdict(fit_kaplan(points)), "extrapolation": asdict(extrapolation(points)) if len(points) > 7 else None}
     return answer if flops is None else answer | {"optimum": asdict(compute_optimal(law, flops)) | {"tokens_per_param": compute_optimal(law, flops).tokens_per_param}}
+
+def fit_points(path:Path, # a CSV file, see `read_points`
+               n_draws:int=200, flops:float|None=None)->dict: # see `fit_answer`
+    "Fit a table of runs."
+    return fit_answer(read_points(path), n_draws, flops)
 
 # %% ../../nbs/study/05_scaling.ipynb #f4982f68
 def fit_rows(answer:dict # of fit_points
