@@ -19,10 +19,12 @@ def kill_at(config, folder, step, ranks=2):
     for p in processes: p.wait()
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
-def test_resume_after_a_kill_is_bit_identical(data, tmp_path, stage):
-    "Killed at a random step of trunk or branch and resumed: the same series to the last bit"
-    recipe = dict(steps=24, branch_tokens=[10 * 256], checkpoint_every=3, zero_stage=stage)
+SLOWLY = [(0, "fp32"), (1, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16"), (2, "fp16"), (3, "fp16")]
+
+@pytest.mark.parametrize("stage, precision", [(2, "fp32"), *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOWLY)])
+def test_resume_after_a_kill_is_bit_identical(data, tmp_path, stage, precision):
+    "Killed at a random step of trunk or branch and resumed: the same series to the last bit, at every stage and with the scale that fp16 has found"
+    recipe = dict(steps=24, branch_tokens=[10 * 256], checkpoint_every=3, zero_stage=stage, precision=precision)
     launch(asked(data, tmp_path / "whole", **recipe), tmp_path / "whole", ranks=2)
     config, rng = asked(data, tmp_path / "killed", **recipe), random.Random(os.environ.get("KILL_SEED", "1"))
     kill_at(config, tmp_path / "killed", rng.randrange(4, 24))
@@ -361,7 +363,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(data, tmp_path, trained, ran
     assert not list((folder / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("stage, precision", [(0, "fp32"), pytest.param(1, "fp32", marks=pytest.mark.slow), (3, "fp32"), pytest.param(2, "bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage, precision", [(0, "fp32"), pytest.param(1, "fp32", marks=pytest.mark.slow), (3, "fp32"), pytest.param(2, "bf16", marks=pytest.mark.slow), pytest.param(2, "fp16", marks=pytest.mark.slow)])
 def test_ranks_change_at_every_stage(data, tmp_path, stage, precision):
     "One rank's checkpoint on two; in bf16 a sum in another order is another rounding of it"
     more = dict(zero_stage=stage, precision=precision, lr_multiplier=0.5)
@@ -410,8 +412,10 @@ def test_what_a_resume_may_change(data, tmp_path, trained):
     with pytest.raises(StudyError, match=f"shards: was {shards['fingerprint']}, now 0badc0de"): launch(config, folder, ranks=2, resume=True)
 
 
-def test_the_best_checkpoint_is_kept(data, tmp_path):
-    "A rate that unlearns after a few steps: the checkpoint with the lowest of the logged measurements outlives the last two, and a kill changes nothing of it"
+def test_the_best_checkpoint_is_kept(data, tmp_path, monkeypatch):
+    "A rate that unlearns after a few steps: the checkpoint with the lowest of the logged measurements outlives the last two, and its model measures the same again"
+    from arxiv_study.model import evaluate
+    from arxiv_study.model.checkpoints import load_model
     recipe = dict(steps=12, schedule="linear", warmup_steps=6, lr_multiplier=1000.0, clip=None, checkpoint_every=2, evaluate_every=2, keep_best=True)
     guard = dict(fewest=100)
     config, folder = asked(data, tmp_path / "run", guard=guard, **recipe), tmp_path / "run"
@@ -421,6 +425,8 @@ def test_the_best_checkpoint_is_kept(data, tmp_path):
     assert best < 10 and sorted(p.name for p in (folder / "checkpoints").iterdir() if p.is_dir()) == [f"trunk-{k:06d}" for k in (best, 10, 12)]
     state = read_json(folder / "checkpoints" / "trunk-000012" / "manifest.json")["state"]
     assert state["progress"]["best"] == dict(name=f"trunk-{best:06d}", step=best, bits_per_byte=measured[best])
+    monkeypatch.setattr(evaluate, "load_model", lambda folder: load_model(folder, f"trunk-{best:06d}"))
+    assert math.isclose(evaluate.evaluate_run(folder)[-1]["bits_per_byte"], measured[best], rel_tol=1e-5)
 
 
 def test_what_happened_to_a_run_stays_in_its_log(data, tmp_path):
