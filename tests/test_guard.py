@@ -30,13 +30,13 @@ def told(self, k, loss, norm):
 def die_if(it_is_time):
     if it_is_time and rank == 0: os.kill(os.getpid(), signal.SIGKILL)
 
-def dying_load(engine, *rest):
+def dying_load(engine, *rest, **more):
     die_if(kill == "load" and engine.global_steps > 0)
-    return load(engine, *rest)
+    return load(engine, *rest, **more)
 
-def dying_seal(folder, *rest):
+def dying_seal(folder, *rest, **more):
     die_if(kill == "seal" and "back" in folder.name)
-    return seal(folder, *rest)
+    return seal(folder, *rest, **more)
 
 def dying_step(self, k, factor):
     die_if(kill == "after" and self.progress.rollbacks and k == self.progress.step == 22)
