@@ -33,7 +33,7 @@ def bare_steps(config, batches, recompute):
     model = Transformer(config.model, seed=0)
     recipe = config.training
     model.recompute, model.loss_chunk = recompute, recipe.loss_chunk
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.model, recipe), betas=recipe.betas, eps=recipe.eps)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.model, recipe), betas=recipe.betas, eps=recipe.eps, fused=True)
     for ids_BT in itertools.cycle(batches):
         optimizer.zero_grad()
         loss = summed_loss(model, ids_BT[:, :-1], ids_BT[:, 1:].contiguous())/ids_BT[:, 1:].numel()
@@ -57,7 +57,7 @@ def trainer_seconds(config, batches, n_steps, recompute, d):
     model, begun, c = llama(config, Transformer(config.model, seed=0).state_dict()), [], config.training
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__): begun.append(time.perf_counter())
-    arguments = TrainingArguments(output_dir=str(d), per_device_train_batch_size=ROWS, max_steps=n_steps + 1, optim="adamw_torch", lr_scheduler_type="constant", max_grad_norm=c.clip,
+    arguments = TrainingArguments(output_dir=str(d), per_device_train_batch_size=ROWS, max_steps=n_steps + 1, lr_scheduler_type="constant", max_grad_norm=c.clip,
                                   adam_beta1=c.betas[0], adam_beta2=c.betas[1], adam_epsilon=c.eps, weight_decay=c.weight_decay, use_cpu=True, report_to=[], save_strategy="no",
                                   logging_strategy="no", disable_tqdm=True, gradient_checkpointing=recompute, dataloader_num_workers=0)
     rows = [dict(input_ids=row[:-1], labels=row[:-1]) for ids_BT in batches for row in ids_BT] # the model shifts the labels itself

@@ -1,5 +1,5 @@
 """How runs end: dead, silent and deaf ranks, stopped launchers, full disks, divergence; and what is left behind."""
-import os, signal, subprocess, sys, threading, time
+import os, random, signal, subprocess, sys, threading, time
 from pathlib import Path
 import psutil, pytest
 from arxiv_study.model import launch as launching
@@ -57,6 +57,53 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on_later(data, tmp_path, wh
     assert ranks_alive(folder) == [] and not list(folder.glob(".*"))
     launch(config, folder, ranks=2, resume=True)
     assert series(folder) == whole
+
+
+@pytest.mark.slow
+def test_held_at_eight_moments_the_run_is_the_same(data, tmp_path):
+    "Either rank is held after a random time, be it in a step, an evaluation or a checkpoint; each time the run ends by itself, and goes on"
+    recipe, rng = dict(steps=120, branch_tokens=[40 * 256], checkpoint_every=2, evaluate_every=3), random.Random(os.environ.get("HOLD_SEED", "1"))
+    launch(asked(data, tmp_path / "whole", **recipe), tmp_path / "whole", ranks=2)
+    config, folder = asked(data, tmp_path / "run", guard=dict(collective_timeout_s=4), **recipe), tmp_path / "run"
+    for k in range(8):
+        moments = iter([*[None] * rng.randrange(3, 12), time.sleep])
+        def hold(record):
+            if (wait := next(moments, None)): wait(rng.uniform(0, 0.1)), signal_to(folder, signal.SIGSTOP, k % 2)
+        with pytest.raises(StudyError, match=f"rank {k % 2} was silent"): launch(config, folder, ranks=2, on_line=hold, poll_s=0.005, resume=k > 0)
+        assert ranks_alive(folder) == []
+    launch(config, folder, ranks=2, resume=True)
+    assert series(folder) == series(tmp_path / "whole")
+
+
+def test_a_dead_launcher_and_a_held_rank_leave_no_process(data, tmp_path):
+    "The other rank finds that nobody gets on, says so, and ends the held one, which nobody else is left to do"
+    config, folder = asked(data, tmp_path / "run", steps=100_000, guard=dict(collective_timeout_s=4)), tmp_path / "run"
+    code = "import sys; from pathlib import Path; from arxiv_study.model.launch import launch; launch(Path(sys.argv[1]), Path(sys.argv[2]), 2)"
+    launcher = subprocess.Popen([sys.executable, "-c", code, str(config), str(folder)])
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not ((folder / "metrics.jsonl").is_file() and (folder / "metrics.jsonl").stat().st_size): time.sleep(0.05)
+    signal_to(folder, signal.SIGSTOP, 1)
+    time.sleep(0.5)  # until the other waits for it
+    launcher.kill(), launcher.wait()
+    until = time.monotonic() + 30
+    while ranks_alive(folder) and time.monotonic() < until: time.sleep(0.1)
+    left = ranks_alive(folder)
+    for p in left: os.kill(p, signal.SIGKILL)
+    assert left == [] and "rank 1 was silent for over 4 s" in read_json(folder / "status.json")["reason"]
+
+
+def test_one_rank_that_is_stopped_at_the_start_takes_the_others_along(data, tmp_path, monkeypatch):
+    "SIGTERM to one rank before the first step: the run is stopped, not failed, and within seconds"
+    config, folder = asked(data, tmp_path / "run", steps=8), tmp_path / "run"
+    started = with_script(monkeypatch, WAITING.format(act="pass").replace("code = t.main()", """
+made_join = t.join_ranks
+def join(*args):
+    if rank == "1": os.kill(os.getpid(), 15)
+    return made_join(*args)
+t.join_ranks = join
+code = t.main()"""))
+    with pytest.raises(StudyError, match="stopped: interrupted by SIGTERM: launch it again with resume"): launch(config, folder, ranks=2)
+    assert started[1].returncode == 0 and read_json(folder / "status.json")["state"] == "stopped"
 
 
 def with_script(monkeypatch, script):
@@ -206,7 +253,10 @@ def test_a_preempted_run_goes_on_where_it_stopped(data, tmp_path):
     with pytest.raises(StudyError, match="pre-empted by SIGTERM at step .* launch it again with resume"): launch(config, folder, ranks=2, on_line=preempt, poll_s=0.005)
     assert read_json(folder / "status.json")["state"] == "stopped" and ranks_alive(folder) == []
     stopped_at = int(read_json(folder / "status.json")["reason"].split("step ")[1].split()[0])
-    result = launch(config, folder, ranks=2, resume=True)
+    passed_on = []
+    result = launch(config, folder, ranks=2, resume=True, on_line=passed_on.append)
+    assert passed_on == read_jsonl(folder / "metrics.jsonl")[-len(passed_on):] and passed_on[0]["event"] == "resumed"
+    assert [r["step"] for r in passed_on if "event" not in r][0] == stopped_at
     assert [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if r.get("event") == "resumed"] == [stopped_at]
     assert series(folder) == series(tmp_path / "whole") and result["heldout"] == read_json(tmp_path / "whole" / "result.json")["heldout"]
 

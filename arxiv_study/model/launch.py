@@ -29,14 +29,14 @@ def rank_environment(
     if Path("/sys/class/net/lo").exists(): env.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return {k: str(v) for k, v in env.items()}
 
-# %% ../../nbs/model/12_launch.ipynb #aa08068f
+# %% ../../nbs/model/12_launch.ipynb #1ca8e59f
 class Tail:
     "New whole lines of a JSON-lines file that another process writes"
-    def __init__(self, path: Path): self.path, self.at = Path(path), 0
+    def __init__(self, path: Path, at: int | None = 0): self.path, self.at = Path(path), at  # None: not known yet
 
     def records(self) -> list[dict]:
         import json
-        if not self.path.is_file(): return []
+        if self.at is None or not self.path.is_file(): return []
         if self.path.stat().st_size < self.at: self.at = 0
         with open(self.path, "rb") as f:
             f.seek(self.at)
@@ -85,7 +85,7 @@ def heeding_sigterm():
     try: yield
     finally: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
-# %% ../../nbs/model/12_launch.ipynb #8484a7a3
+# %% ../../nbs/model/12_launch.ipynb #39f741d7
 def launch(
     config_path: Path,  # the run's config.json
     run_dir: Path,  # where the run writes
@@ -103,7 +103,7 @@ def launch(
     write_json(run_dir / "status.json", dict(state="running", outcome=None, reason=None))
     processes = start_ranks(Path(config_path), run_dir, ranks, resume)
     try:
-        with heeding_sigterm(): trouble = follow(processes, Watch(run_dir, ranks, patience_s), Tail(run_dir / "metrics.jsonl"), on_line, poll_s)
+        with heeding_sigterm(): trouble = follow(processes, Watch(run_dir, ranks, patience_s), Tail(run_dir / "metrics.jsonl", None if resume else 0), on_line, poll_s)
     except BaseException as e:
         stop(processes, grace_s)
         trouble = _note(run_dir, *interrupted(processes, e, grace_s))
@@ -140,7 +140,7 @@ def start_ranks(config_path: Path, run_dir: Path, ranks: int, resume: bool) -> l
                                               env=rank_environment(rank, ranks, meeting)))
     return processes
 
-# %% ../../nbs/model/12_launch.ipynb #28603b0f
+# %% ../../nbs/model/12_launch.ipynb #529f017a
 def follow(
     processes: list[subprocess.Popen],
     watch: Watch,
@@ -149,13 +149,16 @@ def follow(
     poll_s: float,
 ) -> str | None:  # what went wrong, where the launcher knows best
     "Pass on new records until all ranks have ended, one has failed or all hang; then none runs"
-    pass_on = lambda: [on_line(record) for record in (tail.records() if on_line else ())]
+    def pass_on():
+        if tail.at is None: tail.at = read_json(watch.folder / "status.json").get("metrics_from")
+        for record in tail.records() if on_line else (): on_line(record)
     reason, running = None, set(range(len(processes)))
     while running and not reason and not any(p.returncode for p in processes):
         pass_on()
         reason = watch.look(running)
         time.sleep(poll_s)
         running = {r for r, p in enumerate(processes) if p.poll() is None}
+        if len(running) < len(processes) and read_json(watch.folder / "status.json")["state"] == "stopped": break
     reason = reason or died(processes)
     stop(processes)
     pass_on()
