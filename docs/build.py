@@ -13,7 +13,7 @@ from chapters import BuildError, Chapter, Links, execute, page, read_chapter
 from readme import check_readme, write_readme
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("corpus", "tokens", "model", "study")
+ROOMS = ("corpus", "tokens", "model", "study", "explore")
 FAMILIES = ("study", "size", "data", "preprocessing", "tokenizer", "optimisation", "infrastructure")
 MINIATURE_PAPERS = 200 # enough for every reason of the default configuration to occur
 SMALL = ("runs/*/*/*/*.json", "runs/*/*/*/metrics.jsonl", "corpus/*/manifest.json", "corpus/*/ledger/*", "tokens/*/*.json", "tokens/*/papers.parquet")
@@ -23,7 +23,7 @@ LOCAL = ("settings.ini", "pyproject.toml", "runs", "README.md") # what notebooks
 def find_chapters(root:Path, # repository
                   only:str="*" # comma separated globs on file names or paths
                  )->list[Chapter]:
-    "All notebooks that become pages, in reading order: nbs/ without explore/, then the families of runs/."
+    "All notebooks that become pages, in reading order: nbs/, then the families of runs/."
     nbs = root/"nbs"
     files = [(f, nbs) for f in sorted(nbs.rglob("*.ipynb")) if f.relative_to(nbs).parts[0] in (*ROOMS, f.name)]
     files += [(f, root) for f in sorted((root/"runs").glob("*.ipynb"), key=lambda f: (*FAMILIES, f.stem).index(f.stem)) if f.name != "run.ipynb"]
@@ -81,6 +81,7 @@ def contents(chapter:Chapter, chapters, root:Path)->str:
     "What an index page lists below its own text."
     if chapter.page == "index": return toctree(root_entries(chapters, root))
     room, _, name = chapter.page.rpartition("/")
+    if chapter.page == "explore/index": return toctree([c.page.rpartition("/")[2] for c in chapters if c.page.startswith("explore/") and c is not chapter]) # it says itself what each is for
     return listing(room, chapters) if name == "index" else ""
 
 def listing(room:str, chapters)->str:

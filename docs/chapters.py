@@ -222,6 +222,7 @@ def reader_cells(group, level:int, chapter, links)->list:
     outputs = [reader_output(o) for o in cell.get("outputs", [])]
     tags = [t for t in cell.metadata.get("tags", []) if t not in ("exported", "skip-execution")]
     if "exported" not in cell.metadata.get("tags", []):
+        if is_explore(chapter): return [shown(cell.source, outputs, [*tags, "hide-input"], "Code")]
         if all_imports(cell.source) and not outputs: return [shown(cell.source, [], [*tags, "hide-input"], "Imports")]
         return [shown(cell.source, outputs, tags)]
     if all_imports(cell.source): return []
@@ -230,6 +231,8 @@ def reader_cells(group, level:int, chapter, links)->list:
     pages = [documentation(d, min(level + 1, 4), chapter, links) for d in docs]
     if not pages and worth_reading(cell.source, names): return [shown(cell.source, outputs, tags)]
     return pages + [shown(cell.source, outputs, [*tags, "hide-input"], f"Source of {', '.join(names) or 'this step'}")]
+
+def is_explore(chapter)->bool: return chapter.page.startswith("explore/") # to be operated, so its code stays folded
 
 def assigned_names(source:str)->list[str]:
     "Constants that a cell sets."
@@ -287,12 +290,15 @@ def callouts(text:str)->str:
     "Quarto's `::: {.callout-note}` in MyST's spelling."
     return re.sub(r"^:::\s*\{\.callout-(note|tip|warning|important|caution)[^}]*\}", r":::{\1}", text, flags=re.M)
 
+NO_WIDGET = '<p class="no-widget">Here are controls, which need a kernel: open this notebook in JupyterLab, with <code>arxiv-study lab</code>.</p>'
+
 def reader_output(output)->dict:
-    "Plotly data become a figure that site.js draws; widgets need a kernel, so they stay text."
+    "Plotly data become a figure that site.js draws; widgets need a kernel, so a sentence stands in their place."
     data = output.get("data")
     if not data: return nbformat.from_dict(output)
+    if any("widget-view" in k for k in data): return nbformat.from_dict({**output, "data": {"text/html": NO_WIDGET}, "metadata": {}})
     if "application/vnd.plotly.v1+json" in data: data = {"text/html": figure(data["application/vnd.plotly.v1+json"])}
-    data = {k: "".join(v) if isinstance(v, list) else v for k, v in data.items() if "widget" not in k}
+    data = {k: "".join(v) if isinstance(v, list) else v for k, v in data.items()}
     return nbformat.from_dict({**output, "data": data, "metadata": {}})
 
 def figure(fig:dict)->str:
