@@ -113,6 +113,23 @@ def test_entities_are_not_expanded(stock, tmp_path):
     with serving(Arxiv(*stock, fault=nth({1: "bomb"}))) as address:
         with pytest.raises(StudyError, match="document type"): fetch_metadata(tmp_path, config_of(address))
 
+def test_damaged_pages_are_said_to_be_so(stock):
+    "Whatever a server sends, the answer is one of our errors."
+    import random
+    from arxiv_study.corpus.fetch import OaiError, Page, Transient, parse_page
+    page, rng, told = Arxiv(*stock).oai("verb=ListRecords&metadataPrefix=arXivRaw"), random.Random(0), 0
+    for _ in range(600):
+        broken = bytearray(page)
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(len(broken))
+            match rng.randrange(3):
+                case 0: broken[at] = rng.randrange(256)
+                case 1: del broken[at:at + rng.randrange(1, 400)]
+                case 2: broken[at:at] = broken[(start := rng.randrange(len(broken))):start + rng.randrange(200)]
+        try: assert isinstance(parse_page(bytes(broken)), Page)
+        except (Transient, OaiError, StudyError): told += 1
+    assert told > 100
+
 # Manners
 
 def test_no_faster_than_allowed(stock, tmp_path):

@@ -144,12 +144,12 @@ def _of_status(e:urllib.error.HTTPError)->Exception:
     if e.code in (404, 410): return Gone(f"{e.code} {e.reason}")
     return StudyError(f"{urlsplit(e.url).hostname} refuses {e.url} ({e.code} {e.reason}); it may have closed its door to this machine: wait a day, set contact in [fetch], and ask it less")
 
-# %% ../../nbs/corpus/15_fetch.ipynb #0ce2b61e
+# %% ../../nbs/corpus/15_fetch.ipynb #c3401b91
 @patch
 def pieces(self:Client, response, most_bytes:int)->Iterator[bytes]: # errors: Transient where it is cut or too slow, TooLarge
     "The bytes of an answer as they come."
-    announced, n, start = response.headers.get("Content-Length"), 0, self.clock()
-    if announced and announced.isdecimal() and int(announced) > most_bytes: raise TooLarge(f"{int(announced):,} bytes")
+    announced, n, start = response.length, 0, self.clock() # None: not announced
+    if announced is not None and announced > most_bytes: raise TooLarge(f"{announced:,} bytes")
     try:
         while piece := response.read1(1<<16):
             n, passed = n + len(piece), self.clock() - start
@@ -157,9 +157,9 @@ def pieces(self:Client, response, most_bytes:int)->Iterator[bytes]: # errors: Tr
             if passed > self.config.timeout_s and n < passed*self.config.min_bytes_per_s: raise Transient(f"{n:,} bytes in {duration(passed)} are too slow")
             yield piece
     except (OSError, http.client.HTTPException) as e: raise Transient(f"the line broke after {n:,} bytes: {type(e).__name__}") from e
-    if announced and announced.isdecimal() and n < int(announced): raise Transient(f"the line broke after {n:,} of {int(announced):,} bytes")
+    if announced is not None and n < announced: raise Transient(f"the line broke after {n:,} of {announced:,} bytes")
 
-# %% ../../nbs/corpus/15_fetch.ipynb #8c81eedb
+# %% ../../nbs/corpus/15_fetch.ipynb #d9976435
 @patch
 def once(self:Client, url:str, take:Callable): # take(response): what is made of the answer
     "One try."
@@ -167,14 +167,15 @@ def once(self:Client, url:str, take:Callable): # take(response): what is made of
     proxies = urllib.request.ProxyHandler({} if _is_local(urlsplit(url).hostname) else None)
     opener = urllib.request.build_opener(_SameHost(self.turn), proxies)
     try: response = opener.open(request, timeout=self.config.timeout_s)
-    except urllib.error.HTTPError as e: raise _of_status(e) from e
+    except urllib.error.HTTPError as e:
+        with e: raise _of_status(e) from e
     except (OSError, http.client.HTTPException) as e:
         why = getattr(e, "reason", e)
         if isinstance(why, ssl.SSLCertVerificationError): raise StudyError(f"{urlsplit(url).hostname} cannot prove who it is ({why.verify_message}); do not go on, and look into it") from e
         raise Transient(f"no answer: {why}") from e
     with response: return take(response)
 
-# %% ../../nbs/corpus/15_fetch.ipynb #8547299a
+# %% ../../nbs/corpus/15_fetch.ipynb #bb67a766
 @patch
 def ask(self:Client, url:str, take:Callable): # errors: GivenUp after the last try, Gone, StudyError
     "What `take` makes of the answer to a request, tried again where that may help."
@@ -185,7 +186,7 @@ def ask(self:Client, url:str, take:Callable): # errors: GivenUp after the last t
         wait_s = max(last.wait_s or 0, min(self.config.backoff_s*2**(n - 1), self.config.most_wait_s))
         if wait_s > self.config.most_wait_s: raise GivenUp(f"{urlsplit(url).hostname} asks to be left alone for {duration(wait_s)}; give the same command again then, it goes on from here", last)
         if n < self.config.tries:
-            self.say(f"{last}; try {n + 1} in {duration(wait_s)}")
+            self.say(f"{urlsplit(url).path}: {last}; try {n + 1} in {duration(wait_s)}")
             self.sleep(wait_s)
     raise GivenUp(f"{url} failed {self.config.tries} times ({last}); give the same command again later, it goes on from here", last)
 
@@ -225,7 +226,7 @@ def _first_version(meta:ElementTree.Element)->list[dict]:
     except ValueError: return []
     return [dict(version="v1", created=format_datetime(day.replace(tzinfo=timezone.utc), usegmt=True))]
 
-# %% ../../nbs/corpus/15_fetch.ipynb #440acb37
+# %% ../../nbs/corpus/15_fetch.ipynb #984f8249
 def _authors(meta:ElementTree.Element)->dict:
     "The authors as one line, and taken apart where the format does so."
     parsed = [[_text(a, n) or "" for n in ("keyname", "forenames", "suffix")] for a in meta.iterfind("{*}authors/{*}author")]
@@ -235,14 +236,15 @@ def _authors(meta:ElementTree.Element)->dict:
 def record_of(element:ElementTree.Element # <record> of ListRecords or GetRecord
              )->dict: # as a line of the snapshot; of a deleted one `id`, `deleted`
     "A record as the snapshot has it; errors: StudyError where its id is none."
-    header = element.find(f"{_oai}header")
-    paper, stamp = (header.findtext(f"{_oai}identifier") or "").strip().removeprefix("oai:arXiv.org:"), (header.findtext(f"{_oai}datestamp") or "").strip()[:10]
+    header, meta = element.find(f"{_oai}header"), element.find(f"{_oai}metadata/*")
+    paper, stamp = (element.findtext(f"{_oai}header/{_oai}{name}", "").strip() for name in ("identifier", "datestamp"))
+    paper = paper.removeprefix("oai:arXiv.org:")
     if not _arxiv_id.fullmatch(paper): raise StudyError(f"the server sent a record whose id is {paper[:40]!r}; it does not speak for arXiv")
-    if header.get("status") == "deleted": return dict(id=paper, deleted=True, update_date=stamp)
-    meta = element.find(f"{_oai}metadata")[0]
+    if header.get("status") == "deleted": return dict(id=paper, deleted=True, update_date=stamp[:10])
+    if meta is None: raise StudyError(f"the server sent a record of {paper} with nothing in it; it does not speak for arXiv")
     authors, versions = _authors(meta), _raw_versions(meta) or _first_version(meta)
     named = {k: _text(meta, k) for k in ("submitter", "title", "comments", "journal-ref", "doi", "report-no", "categories", "license", "abstract")}
-    record = dict(id=paper, **named, **authors, versions=versions, update_date=stamp)
+    record = dict(id=paper, **named, **authors, versions=versions, update_date=stamp[:10])
     return {k: record[k] for k in ("id", "submitter", "authors", *list(named)[1:], "versions", "update_date", "authors_parsed") if k in record}
 
 # %% ../../nbs/corpus/15_fetch.ipynb #8d0ef9a3
