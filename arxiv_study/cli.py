@@ -119,11 +119,11 @@ def doctor(call:Call):
     show_rows(rows, "this machine")
     show_rows(setting, "settings in force")
 
-# %% ../nbs/90_cli.ipynb #2c2f2273
+# %% ../nbs/90_cli.ipynb #500fc639
 def arxiv_folder(call:Call)->Path:
     "The arXiv folder in force, or a sentence that says how to get one."
     folder = call.settings.arxiv
-    if folder is None: raise StudyError("no arXiv folder is set; give one with --arxiv DIR, or make one with `arxiv-study miniature DIR`", code=2)
+    if folder is None: raise StudyError("no arXiv folder is set; give one with --arxiv DIR, or make one with `arxiv-study fetch DIR` or `arxiv-study miniature DIR`", code=2)
     if not folder.is_dir(): raise StudyError(f"no arXiv folder {folder}; check --arxiv, or make one with `arxiv-study miniature {folder.name}`")
     return folder
 
