@@ -294,15 +294,16 @@ def repeats_worth(n_tokens:float, n_unique:float, effective:float)->tuple: # R* 
     worth = lambda ln_r: math.exp(ln_r)*-math.expm1(-repeats/math.exp(ln_r))-gained
     return math.exp(brentq(worth, math.log(1e-3*gained), math.log(1e4*repeats))), None
 
-# %% ../../nbs/study/05_scaling.ipynb #bdd1c6e3
+# %% ../../nbs/study/05_scaling.ipynb #1ff4a64e
 WIDEST_ALPHA = .2    # a wider profile identifies no exponent
 
-def why_not_identified(points:np.ndarray, widths:dict # of the profiles of alpha and beta
+def why_not_identified(points:np.ndarray, intervals:dict # what kind -> name -> (low, high)
                       )->str|None: # None: the points fix the law
     "The reason why a table of runs does not fix the five constants."
     sizes, counts = (len(np.unique(points[:, k])) for k in (0, 1))
     if sizes < 3 or counts < 3: return f"{sizes} sizes and {counts} token counts cannot fix two exponents and a floor; 3 of each are the least"
-    open_ = [f"the 95 % profile of {name} is {width:.2f} wide, more than {WIDEST_ALPHA}" for name, width in widths.items() if width > WIDEST_ALPHA]
+    widths = {(kind, name): high-low for kind, ends in intervals.items() for name, (low, high) in ends.items() if name in ("alpha", "beta")}
+    open_ = [f"the 95 % {kind} of {name} is {width:.2f} wide, more than {WIDEST_ALPHA}" for (kind, name), width in widths.items() if width > WIDEST_ALPHA]
     return f"{' and '.join(open_)}: these {len(points)} points do not fix the law" if open_ else None
 
 def fit_answer(points:np.ndarray, # [points, 3]: parameters, tokens, loss
@@ -312,10 +313,10 @@ def fit_answer(points:np.ndarray, # [points, 3]: parameters, tokens, loss
     "A fit with intervals, and whether the exponents are identified."
     law = fit_law(points)
     profiles = {name: profile_interval(points, law, name) for name in ("alpha", "beta", "E")}
-    widths = {name: high-low for name, (low, high) in profiles.items()}
-    reason = why_not_identified(points, {name: widths[name] for name in ("alpha", "beta")})
-    answer = {**asdict(law), "n_points": len(points), "alpha_profile_width": widths["alpha"], "identified": reason is None, "reason": reason,
-              "intervals": bootstrap_intervals(points, law, n_draws), "profiles": {name: list(ends) for name, ends in profiles.items()},
+    intervals = bootstrap_intervals(points, law, n_draws)
+    reason = why_not_identified(points, {"profile": profiles, "bootstrap interval": intervals})
+    answer = {**asdict(law), "n_points": len(points), "alpha_profile_width": profiles["alpha"][1]-profiles["alpha"][0], "identified": reason is None, "reason": reason,
+              "intervals": intervals, "profiles": {name: list(ends) for name, ends in profiles.items()},
               "kaplan": asdict(fit_kaplan(points)), "extrapolation": asdict(extrapolation(points)) if len(points) > 7 else None}
     return answer if flops is None else answer | {"optimum": asdict(compute_optimal(law, flops)) | {"tokens_per_param": compute_optimal(law, flops).tokens_per_param}}
 
