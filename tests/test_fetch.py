@@ -479,6 +479,16 @@ def test_a_manifest_that_leads_out_of_the_folder(mini, tmp_path):
     with pytest.raises(StudyError, match="do not trust"): bulk.fetch_bulk(tmp_path/"data", FetchConfig(bulk=str(evil)))
     assert not list(tmp_path.glob("escaped*"))
 
+def test_tars_and_single_eprints_do_not_mix(mini, stock, tmp_path):
+    "Where there are tars the corpus stage reads nothing else."
+    with serving(arxiv := Arxiv(*stock)) as address:
+        bulk.fetch_bulk(tmp_path/"tars", FetchConfig(bulk=str(mini)), months="0704")
+        with pytest.raises(StudyError, match="another folder"): fetch_eprints(tmp_path/"tars", Wanted(most=1), config_of(address))
+        assert not arxiv.asked
+        fetch_eprints(tmp_path/"single", Wanted(most=1), config_of(address))
+        with pytest.raises(StudyError, match="another folder"): bulk.fetch_bulk(tmp_path/"single", FetchConfig(bulk=str(mini)))
+    assert not tars(tmp_path/"single")
+
 # All of it
 
 def conserves(out, n):

@@ -7,7 +7,7 @@ __all__ = ['MANIFEST', 'GIB', 'USD_PER_REQUEST', 'tar_month', 'parse_months', 'c
            'in_plain_words', 'Store', 'open_store', 'read_range', 'patiently', 'fetch_manifest', 'fetch_tar',
            'is_there', 'bill', 'check_space', 'fetch_bulk']
 
-# %% ../../nbs/corpus/16_bulk.ipynb #29439c6a
+# %% ../../nbs/corpus/16_bulk.ipynb #1838dffb
 import asyncio, io, os, re, shutil, sys, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from .archives import TarEntry, read_manifest
-from .fetch import FetchConfig, Transient, parse_xml, working_in
+from .fetch import FetchConfig, Transient, _is_local, parse_xml, working_in
 from ..progress import Bar, duration
 from ..settings import StudyError
 from ..storage import file_digest, read_json, whole_file, write_json
@@ -94,7 +94,7 @@ def in_plain_words(address:str, path:str):
             raise StudyError(f"{address} does not let us read {path}; whoever reads this bucket pays, so it wants your Amazon account: set AWS_PROFILE, or run `aws configure`") from e
         raise Transient(type(e).__name__) from e
 
-# %% ../../nbs/corpus/16_bulk.ipynb #53448416
+# %% ../../nbs/corpus/16_bulk.ipynb #0028d27e
 @dataclass(frozen=True)
 class Store:
     "Where the tars are."
@@ -107,6 +107,7 @@ def open_store(address:str)->Store: # errors: StudyError
     from fsspec.core import url_to_fs
     parts = urlsplit(address)
     if parts.username or parts.password: raise StudyError("bulk in [fetch] holds a key or a password; remove it, and put your account where Amazon's tools look for it", code=2)
+    if parts.scheme == "http" and not _is_local(parts.hostname): raise StudyError(f"{address} is not encrypted; write https", code=2)
     with in_plain_words(address, "anything"):
         try: return Store(address, *url_to_fs(address, **({"requester_pays": True} if parts.scheme == "s3" else {})))
         except ValueError as e: raise StudyError(f"{address} is no address that can be opened; write s3://bucket or a folder", code=2) from e
@@ -199,13 +200,14 @@ def check_space(out:Path, gigabytes:float): # errors: StudyError
     free = shutil.disk_usage(out).free/1e9
     if gigabytes > free: raise StudyError(f"{gigabytes:,.1f} GB are to be fetched, but the disk of {out} has {free:,.1f} GB free; choose fewer months or a smaller --budget-gb")
 
-# %% ../../nbs/corpus/16_bulk.ipynb #4c64f187
+# %% ../../nbs/corpus/16_bulk.ipynb #e4804695
 def fetch_bulk(out:Path, config:FetchConfig=FetchConfig(), months:str|None=None, budget_gb:float|None=None, budget_usd:float|None=None, usd_per_gb:float|None=None,
                agree:Callable=lambda bill: True, # asked before anything but the manifest is fetched
                store:Store|None=None, sleep:Callable=time.sleep, quiet:bool=False)->dict: # the bill, and what came of it
     "Fetch bulk tars into an arXiv folder: whole, checked, and none that is there already."
     out, store = Path(out), store or open_store(config.bulk)
     parse_months(months)
+    if (out/".fetch"/"eprints.jsonl").exists(): raise StudyError(f"{out} holds single e-prints, which the corpus stage would not read beside tars; fetch tars into another folder")
     with working_in(out) as notes:
         entries = fetch_manifest(store, out, config, sleep)
         most = min(float("inf") if budget_gb is None else budget_gb*1e9, float("inf") if budget_usd is None else bytes_for(budget_usd, usd_per_gb))

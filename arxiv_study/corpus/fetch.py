@@ -686,13 +686,14 @@ def _ids(client:Client, wanted:Wanted, out:Path, notes:Path, snapshot:Path|None)
     if folder.exists(): shutil.rmtree(_put_away(folder))
     return read_json(asked)
 
-# %% ../../nbs/corpus/15_fetch.ipynb #65b9d03b
+# %% ../../nbs/corpus/15_fetch.ipynb #7b3d3576
 def fetch_eprints(out:Path, wanted:Wanted, config:FetchConfig=FetchConfig(), snapshot:Path|None=None, # whose records to choose from; None: the folder's own, else they are harvested
                   client:Client|None=None, quiet:bool=False)->dict: # papers by outcome, requests
     "Fetch e-prints and their records into an arXiv folder; what is there and whole is not asked for again."
     out, client = Path(out), client or Client(config)
     wanted = replace(wanted, ids=check_ids(wanted.ids), start=check_day(wanted.start, "--from"), until=check_day(wanted.until, "--until"))
     is_licensed(None, wanted.licence) # an unknown policy is told before anything is asked
+    if any(out.glob("src/arXiv_src_*.tar")): raise StudyError(f"{out} holds bulk tars, and where there are tars the corpus stage reads nothing else; fetch e-prints into another folder")
     with working_in(out) as notes:
         ids = _ids(client, wanted, out, notes, snapshot)
         if not ids: raise StudyError("no paper matches; check --category, --licence, --from and --until")
