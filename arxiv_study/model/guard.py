@@ -67,7 +67,7 @@ class Standing:
     can_roll_back: bool = True  # a checkpoint exists
     loss_scale: float = 1.0  # of fp16
 
-# %% ../../nbs/model/07_guard.ipynb #a6a496ed
+# %% ../../nbs/model/07_guard.ipynb #5290f7d7
 def decide(
     step: int,
     loss: float,  # over all ranks
@@ -81,7 +81,7 @@ def decide(
         if standing.loss_scale > 1: return Decision("rescale", reason=f"a gradient overflowed at a loss scale of {standing.loss_scale:g}")
         return Decision("stop", reason=f"the gradient norm of step {step} is {grad_norm}")
     distance = deviations(loss, standing.losses, guard.window, guard.fewest)
-    if distance is None or distance <= guard.threshold: return Decision("take", False, distance)
+    if not is_spike(loss, standing.losses, guard.window, guard.fewest, guard.threshold): return Decision("take", False, distance)
     if guard.on_spike == "record": return Decision("take", True, distance)
     return _answer(step, distance, standing, guard)
 
