@@ -109,7 +109,7 @@ def agree(found, expected):
 
 
 @pytest.mark.parametrize("on_spike,batches,training", [
-    ("record", {}, {}), ("skip", {}, {}), ("rollback", {}, {}), ("skip", dict(accumulation=2), dict(zero_stage=0)), ("rollback", dict(accumulation=2), {})])
+    ("record", {}, {}), ("skip", {}, {}), ("rollback", {}, {}), ("skip", dict(accumulation=2), dict(zero_stage=0)), ("rollback", dict(accumulation=2), {}), ("rollback", {}, dict(zero_stage=3)), ("rollback", {}, dict(zero_stage=0))])
 def test_a_poisoned_batch_against_plain_pytorch(data, tmp_path, on_spike, batches, training):
     "What each answer to a spike does to all later steps is what a bare loop does that is told which batches to learn from"
     config = asked(data, tmp_path / "run", batches, guard=dict(GUARD, on_spike=on_spike), steps=STEPS, checkpoint_every=10, **training)
