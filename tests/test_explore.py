@@ -183,3 +183,20 @@ class TestInJupyterLab:
         browser.run(f"{stop}.click(), 1")
         browser.wait_for(f"{stop}.disabled", 120)
         browser.wait_for("[...document.querySelectorAll('.widget-label')].some(l => l.textContent === 'stopped')", 20)
+
+
+def test_on_the_site_a_sentence_stands_for_widgets_and_figures_stay(tmp_path):
+    import test_site
+    root = tmp_path/"repository"
+    (root/"nbs"/"explore").mkdir(parents=True)
+    for name in ("settings.ini", "pyproject.toml", "nbs/index.ipynb", "nbs/explore/index.ipynb", "nbs/explore/plan.ipynb"): shutil.copy2(EXPLORE.parents[1]/name, root/name)
+    for name in NAMES: # what the index links to has to be there; the other pages need not be made
+        if name != "plan": shutil.copy2(EXPLORE/f"{name}.ipynb", root/"nbs"/"explore")
+    (root/"nbs"/"study").mkdir()
+    shutil.copy2(EXPLORE.parent/"study"/"10_widgets.ipynb", root/"nbs"/"study")
+    built = test_site.build(root, "--only", "nbs/index.ipynb,nbs/explore/index.ipynb,plan")
+    assert built.returncode == 0, built.stdout + built.stderr
+    page = test_site.read(root/"_site", "explore/plan.html")
+    assert page.count("which need a kernel") == 1 and "Dropdown(" not in page
+    assert page.count('class="plot-json"') == 3 and "days</b>" in page
+    assert re.search(r'<a class="[^"]*" href="plan.html">\s*Plan a run', test_site.read(root/"_site", "explore/index.html")), "it is listed in the sidebar"
