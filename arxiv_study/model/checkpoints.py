@@ -53,7 +53,7 @@ def read_manifest(
     if not sealed: raise StudyError(f"{path} is not what was written: this checkpoint cannot be used")
     return manifest
 
-# %% ../../nbs/model/08_checkpoints.ipynb #05dd905f
+# %% ../../nbs/model/08_checkpoints.ipynb #98f015de
 class AnotherRun(StudyError):
     "A checkpoint that a different run has written"
 
@@ -65,7 +65,8 @@ def verified_state(
 ) -> dict:  # the state that was sealed; StudyError where anything is missing or changed
     "Compare every file with its checksum before anything else reads it"
     manifest = read_manifest(folder)
-    if run not in (None, manifest["run"]): raise AnotherRun(f"{folder} belongs to the run {manifest['run']} and this is {run}: move it away, or start anew without --resume")
+    if run not in (None, manifest["run"]):
+        raise AnotherRun(f"{folder} belongs to the run {manifest['run']} and this is {run}: move it away, or start anew without --resume")
     _check_names(Path(folder), manifest["files"])
     for name, (n_bytes, sha256) in list(manifest["files"].items())[share]:
         path = Path(folder) / name
@@ -77,7 +78,8 @@ def verified_state(
 def _check_names(folder: Path, files: dict):
     "Refuse a name that leads elsewhere, and a file that nobody sealed"
     for name in files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts: raise StudyError(f"{folder} names the file {name}, outside of itself: this checkpoint cannot be used")
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise StudyError(f"{folder} names the file {name}, outside of itself: this checkpoint cannot be used")
     for path in folder.rglob("*"):
         if path.is_symlink() or (path.is_file() and path.relative_to(folder).as_posix() not in {*files, "manifest.json"}):
             raise StudyError(f"{path} was not written with its checkpoint: this checkpoint cannot be used")
@@ -155,7 +157,7 @@ def _size(n_bytes: float) -> str:
         n_bytes /= 1000
     return f"{n_bytes:,.1f} GB"
 
-# %% ../../nbs/model/08_checkpoints.ipynb #54a944b5
+# %% ../../nbs/model/08_checkpoints.ipynb #96c993ea
 def together(
     act,  # a function without arguments
     failing: str,  # what to call it where it fails, for instance "the checkpoint x could not be written"
@@ -165,14 +167,17 @@ def together(
     "Do something on every rank, or on one for all; where it fails on any, all raise the same StudyError"
     rank, found, reason = torch.distributed.get_rank(), None, None
     try: found = act() if only in (None, rank) else None
-    except (OSError, StudyError) as e: reason = str(e.__cause__ or e).splitlines()[0]
+    except (OSError, StudyError) as e: reason = _first_line(e.__cause__ or e)
     told = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(told, (found if only == rank else None, reason))
     for r, (_, reason) in enumerate(told):
         if reason is not None: raise StudyError(f"{failing} (rank {r}: {reason}): {remedy}")
     return found if only is None else told[only][0]
 
-# %% ../../nbs/model/08_checkpoints.ipynb #9c928254
+
+def _first_line(error: BaseException) -> str: return (str(error).splitlines() or [type(error).__name__])[0]
+
+# %% ../../nbs/model/08_checkpoints.ipynb #bf4b7084
 @contextlib.contextmanager
 def _noted_writes(engine):
     "A block in which DeepSpeed's writes raise only at the end"
@@ -181,9 +186,9 @@ def _noted_writes(engine):
         try: write(state_dict, path), push(path)
         except (OSError, RuntimeError) as e: failed.append(e)  # PyTorch's writer raises the latter where a disk is full
     with mock.patch.object(engine.checkpoint_engine, "save", noting), mock.patch.object(engine, "_copy_recovery_script", lambda folder: None): yield
-    if failed: raise StudyError(str(failed[0]).splitlines()[0])
+    if failed: raise StudyError(_first_line(failed[0]))
 
-# %% ../../nbs/model/08_checkpoints.ipynb #3107ee74
+# %% ../../nbs/model/08_checkpoints.ipynb #616401bd
 def save_checkpoint(
     engine,
     folder: Path,  # checkpoints/
@@ -202,7 +207,8 @@ def save_checkpoint(
     try:
         number = together(lambda: _begin(engine, part), *failure, only=0)
         together(write, *failure)
-        together(lambda: _finish(part, name, {*keep, best}, keep_last, state=state, run=run, number=number, ranks=ranks, needs=tuple(n for n in keep if n != name)), *failure, only=0)
+        sealed = dict(state=state, run=run, number=number, ranks=ranks, needs=tuple(n for n in keep if n != name))
+        together(lambda: _finish(part, name, {*keep, best}, keep_last, **sealed), *failure, only=0)
     except StudyError:
         if torch.distributed.get_rank() == 0: shutil.rmtree(part, ignore_errors=True)
         raise
@@ -374,7 +380,7 @@ def load_checkpoint(
     if found is None: raise StudyError(f"{path} was not accepted by DeepSpeed: resume with the ZeRO stage it was written with")
     return manifest["state"]
 
-# %% ../../nbs/model/08_checkpoints.ipynb #3b28c780
+# %% ../../nbs/model/08_checkpoints.ipynb #0b4f372c
 MAY_CHANGE = {
     "training.checkpoint_every": "when the run is saved",
     "training.keep_checkpoints": "how many of those stay",
@@ -412,7 +418,8 @@ def refuse_differences(
     asked: dict,
 ):
     "StudyError with a line for each difference"
-    if lines := differences(before, asked): raise StudyError("\n".join([f"{out} was trained with something else: start it anew, without --resume, or put this back", *lines]))
+    if lines := differences(before, asked):
+        raise StudyError("\n".join([f"{out} was trained with something else: start it anew, without --resume, or put this back", *lines]))
 
 
 def run_identity(
