@@ -344,7 +344,7 @@ def close(series, expected):
 
 
 @pytest.mark.parametrize("ranks, batches", [pytest.param(1, dict(rows=4), id="2 to 1"), pytest.param(1, dict(rows=2, accumulation=2), id="2 to 1, accumulated", marks=pytest.mark.slow),
-                                            pytest.param(4, dict(rows=1), id="2 to 4")])
+                                            pytest.param(4, dict(rows=1), id="2 to 4", marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_another_number_of_ranks(data, tmp_path, trained, ranks, batches):
     "Weights and moments of every parameter exactly those of the checkpoint, the next steps those of the uninterrupted run to fp32 accuracy"
     folder, expected, sizes = tmp_path / "run", series(trained.parent / "whole"), group_sizes()
@@ -363,7 +363,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(data, tmp_path, trained, ran
     assert not list((folder / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("stage, precision", [(0, "fp32"), pytest.param(1, "fp32", marks=pytest.mark.slow), (3, "fp32"), pytest.param(2, "bf16", marks=pytest.mark.slow), pytest.param(2, "fp16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage, precision", [pytest.param(0, "fp32", marks=pytest.mark.slow), pytest.param(1, "fp32", marks=pytest.mark.slow), (3, "fp32"), pytest.param(2, "bf16", marks=pytest.mark.slow), pytest.param(2, "fp16", marks=pytest.mark.slow)])
 def test_ranks_change_at_every_stage(data, tmp_path, stage, precision):
     "One rank's checkpoint on two; in bf16 a sum in another order is another rounding of it"
     more = dict(zero_stage=stage, precision=precision, lr_multiplier=0.5)
