@@ -10,7 +10,7 @@ __all__ = ['TABLES', 'LIMITS', 'STYLE', 'SCRIPT', 'PLANNED', 'REPORT_PARAMETERS'
            'noise_table', 'on_the_way_html', 'scaling_html', 'infrastructure_html', 'sections', 'page_html',
            'evidence_of', 'write_report', 'settings_of', 'open_evidence', 'open_family']
 
-# %% ../../nbs/study/11_report.ipynb #25ceb866
+# %% ../../nbs/study/11_report.ipynb #18b27e42
 import html, json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..settings import Settings, StudyError, load_settings
 from ..storage import whole_file
 from .convergence import SETTLED, convergence_table, noise_ratio, sooner
 from .executor import execute_study
-from .figures import PARTS, clocks_figure, data_figure, infrastructure_figure, knee, law_figure, optimisation_figure, points_figure, preprocessing_figure, size_figure, throttle_figure, throttle_rows, tokenizer_figure
+from .figures import PARTS, clock_rows, clocks_figure, data_figure, drawn_curves, infrastructure_figure, knee, law_figure, law_rows, optimisation_figure, points_figure, preprocessing_figure, size_figure, throttle_figure, throttle_rows, tokenizer_figure
 from .findings import Evidence, contrasts, findings, gather, limits
 from .kept import keep, kept_evidence
 from .notebook import table_html
@@ -240,7 +240,7 @@ def extrapolation_words(evidence:Evidence)->str:
     here = f"Here a rank begins to wait below {at:.2g} MB/s. " if at else "Here no knee was found between the rates that were tried. "
     return f"{here}The rest is extrapolation, not measurement: the planner computes from device figures that it cites" + (f" that the paper's own step is bound by {binds}." if binds else ".")
 
-# %% ../../nbs/study/11_report.ipynb #da379203
+# %% ../../nbs/study/11_report.ipynb #6f754fa6
 def sooner_rows(evidence:Evidence)->list:
     "How soon the other orders of papers are as good as the baseline at three quarters of its budget."
     return [{"order": run, "domain": s.domain, "pace against R03": s.gain, "low": s.low, "high": s.high, "seeds that got there": f"{s.n_reached} of {s.n_seeds}"} for run in ("R20", "R19") for s in sooner(evidence.evaluations, run) if s.n_seeds]
@@ -258,9 +258,10 @@ def on_the_way_html(evidence:Evidence, runs:dict)->str:
             "The target is R03's smoothed training loss at three quarters of its budget. Roughness is the scatter of one step about the trend; rates of spikes have exact 95 % intervals.")
     more = [(sooner_rows(evidence), "Pace of the orders of papers", "Tokens of R03 at its loss at three quarters, over the tokens that the other order needs; held-out text"),
             (noise_table(evidence), "Gradient noise", "Noise scale in bytes at matched loss, at the peak learning rate; Student's interval over seeds")]
-    return figure_html("clocks", clocks_figure(evidence.steps, evidence.results, runs), []) + f"<p>{html.escape(rule)}</p>" + scrolled(rows, "Convergence") + "".join(scrolled(*x) for x in more if x[0])
+    curves = drawn_curves(evidence.steps, evidence.results, runs)
+    return figure_html("clocks", clocks_figure(curves, runs), clock_rows(curves)) + f"<p>{html.escape(rule)}</p>" + scrolled(rows, "Convergence") + "".join(scrolled(*x) for x in more if x[0])
 
-# %% ../../nbs/study/11_report.ipynb #45c9aa05
+# %% ../../nbs/study/11_report.ipynb #395c8338
 def scaling_html(evidence:Evidence)->str:
     "Scaling: this study's points with the fit or its refusal, and the published law with sliders."
     points = study_points(evidence)
@@ -272,7 +273,7 @@ def scaling_html(evidence:Evidence)->str:
     rows = valley_rows(points)
     valleys = scrolled(rows, "IsoFLOP", "The best size at a budget by a parabola over ln N, between the branches of each size") if rows else ""
     own = figure_html("points", points_figure(evidence.points), evidence.points.sort("run", "seed", "n_tokens").to_dicts()) if len(points) else ""
-    return words + own + valleys + f"<h3>Where the paper stands</h3><p>{html.escape(place)}</p>" + figure_html("law", law_figure(), [])
+    return words + own + valleys + f"<h3>Where the paper stands</h3><p>{html.escape(place)}</p>" + figure_html("law", law_figure(), law_rows())
 
 def infrastructure_html(evidence:Evidence)->str:
     "Time shares, the throttle with its knee, and the planner's extrapolation."
