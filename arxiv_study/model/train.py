@@ -30,7 +30,7 @@ from ..tokens.batches import BatchConfig, Batches
 from ..tokens.devices import shards_folder
 from ..tokens.tokenizer import Tokenizer
 
-# %% ../../nbs/model/11_train.ipynb #86a187d7
+# %% ../../nbs/model/11_train.ipynb #2ec7c1c7
 @dataclass
 class Progress:
     "Position and history of a run; the same on every rank"
@@ -56,9 +56,9 @@ class Progress:
     trained_s: float = 0.0
     metrics_bytes: int = 0  # length of metrics.jsonl
 
-
+# %% ../../nbs/model/11_train.ipynb #0fbea0a1
 class Diverged(Exception):
-    "A loss or a gradient norm is not a finite number"
+    "A loss or a gradient norm is not a finite number, or spikes do not end"
 
 
 class Preempted(Exception):
@@ -72,7 +72,7 @@ class Stop:
     armed: bool = False  # steps are being taken, so that there is something to save
     agreed: bool = False  # by all ranks
 
-# %% ../../nbs/model/11_train.ipynb #c4067160
+# %% ../../nbs/model/11_train.ipynb #4a6f555f
 class Training:
     "One run as one rank sees it"
     def __init__(self, config: RunConfig, out: Path, stop: Stop | None = None):
@@ -94,7 +94,7 @@ class Training:
         self.basis = None  # once the ranks can talk
         self.identity, self.saved_as, self.resumed_from = run_identity(config), None, None
 
-
+# %% ../../nbs/model/11_train.ipynb #685fc12d
 @patch
 def _basis(self: Training) -> Basis:
     "What this run's rates are held against; the ranks measure the machine together"
@@ -103,7 +103,7 @@ def _basis(self: Training) -> Basis:
     [peak] = self.over_ranks(matmul_peak(self.engine.device.type, kind))
     return Basis(self.batches.bytes_per_token, flops_per_token(model, context), hardware_flops_per_token(model, context, self.recipe.activation_checkpointing), peak)
 
-
+# %% ../../nbs/model/11_train.ipynb #1d4adc55
 def _check_fit(config: RunConfig, tokenizer: Tokenizer):
     "Refuse a model that cannot read its batches"
     context = config.batches.get("context", BatchConfig.context)
