@@ -283,7 +283,7 @@ class Site:
     checkpoint_share: float = 0.01  # of the time that checkpoints may take
     price: float | None = None  # of a device for an hour
 
-# %% ../../nbs/model/14_plan.ipynb #738a34ee
+# %% ../../nbs/model/14_plan.ipynb #7ff27546
 TOKENS, CHARACTERS, TARS = 28e9, 93.8e9, 9_547 * 500e6  # arXiv in RedPajama: tokens and characters; bytes of arXiv's own tars
 
 
@@ -295,7 +295,7 @@ def source_bytes(config: ModelConfig) -> dict:  # where tokens come from -> byte
 def checkpoint_bytes(config: ModelConfig, recipe: Recipe) -> int:
     "Weights and the optimizer's state"
     whole = state_bytes(config, recipe, 1)
-    return whole["weights"] + whole["optimizer"]
+    return whole["optimizer"] + (0 if recipe.zero_stage == 3 else whole["weights"])
 
 # %% ../../nbs/model/14_plan.ipynb #30144486
 def tokens_per_s(config: ModelConfig, recipe: Recipe, n_devices: int, device: Device, utilisation: float) -> float:
