@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['JUDGED_RUNS', 'LEDGER', 'Evidence', 'with_sizes', 'size_points', 'on_their_way', 'gather', 'limits', 'limited',
-           'Finding', 'contrasts', 'largest_loss', 'yield_finding', 'control_hurts', 'both_conditions', 'noise_words',
-           'tokenizer_finding', 'wait_share', 'storage_finding', 'stability_finding', 'scaling_finding', 'soon_words',
-           'curriculum_finding', 'findings']
+           'Finding', 'contrasts', 'largest_loss', 'worth', 'worth_words', 'yield_finding', 'control_hurts',
+           'both_conditions', 'noise_words', 'tokenizer_finding', 'wait_share', 'storage_finding', 'stability_finding',
+           'scaling_finding', 'soon_words', 'curriculum_finding', 'findings']
 
-# %% ../../nbs/study/06_findings.ipynb #38cb9d66
+# %% ../../nbs/study/06_findings.ipynb #734b9201
 from dataclasses import dataclass, field
 from pathlib import Path
 import csv
@@ -20,7 +20,7 @@ from ..storage import read_json
 from .convergence import EVALUATIONS, NOISE, NOISIER, evaluation_rows, noise_ratio, noise_rows, sooner
 from .results import WARM, branch_points, load_events, load_result, load_results, load_steps, run_folder
 from .runs import said
-from .scaling import size_slope
+from .scaling import fresh_equivalent, size_slope
 from .statistics import CANNOT_TELL, CONTRASTS, NOT_SUPPORTED, SMALLEST_EFFECT, SUPPORTED, Judged, bootstrap_share, judge_contrasts, rate_verdict, threshold_verdict
 
 # %% ../../nbs/study/06_findings.ipynb #e068fcd2
@@ -156,7 +156,21 @@ def largest_loss(papers:dict, groups:dict, # see Evidence
     run = max(found, key=lambda r: found[r][0])
     return dict(run=run, share=found[run][0], low=found[run][1], high=found[run][2], all={r: s[0] for r, s in found.items()})
 
-# %% ../../nbs/study/06_findings.ipynb #72e4acf5
+# %% ../../nbs/study/06_findings.ipynb #c8178892
+def worth(evidence:Evidence)->dict: # run -> fresh tokens of R03 as a share of R03's own; None beyond its branches
+    "What a pass over each variant taught, in tokens of the baseline."
+    curve = evidence.points.filter(pl.col("run") == "R03").group_by("n_tokens").agg(pl.col("bits_per_byte").mean()).sort("n_tokens")
+    if curve.height < 2: return {}
+    means = evidence.results.filter(pl.col("run").is_in(["R09", "R10", "R11", "R12"])).group_by("run").agg(pl.col("bits_per_byte").mean()).drop_nulls().sort("run")
+    tokens, bits = curve["n_tokens"].to_numpy(), curve["bits_per_byte"].to_numpy()
+    return {run: t and t/tokens[-1] for run, loss in means.iter_rows() for t in [fresh_equivalent(tokens, bits, loss)]}
+
+def worth_words(found:dict)->str:
+    "The worth of the variants as a part of a sentence."
+    if not found: return ""
+    return "; what a pass over each variant teaches, as a share of R03's tokens: " + ", ".join(f"{run} {share:.0%}" if share else f"{run} beyond R03's branches" for run, share in found.items())
+
+# %% ../../nbs/study/06_findings.ipynb #af23eaef
 def yield_finding(evidence:Evidence)->Finding:
     "Does preprocessing decide over up to 30 % of the tokens?"
     found = largest_loss(evidence.papers, evidence.groups)
@@ -164,7 +178,7 @@ def yield_finding(evidence:Evidence)->Finding:
     if found is None: here, verdict, why = "not measured", CANNOT_TELL, "R03 and R09 to R12 are needed"
     else:
         inside = "inside" if found["low"] <= .3 <= found["high"] else "outside"
-        here = f"the largest loss of usable tokens is {found['share']:.1%} [{found['low']:.1%}, {found['high']:.1%}], by {found['run']}; 30 % lies {inside}"
+        here = f"the largest loss of usable tokens is {found['share']:.1%} [{found['low']:.1%}, {found['high']:.1%}], by {found['run']}; 30 % lies {inside}{worth_words(worth(evidence))}"
         verdict, why = limited(evidence, threshold_verdict(found["low"], found["high"], .15, .15), "by the rule", needs_seeds=False)
     return Finding("Yield", "Decisions in preprocessing change the usable tokens by up to 30 %.", here, verdict, why, rule, "R03,R09,R10,R11,R12")
 
