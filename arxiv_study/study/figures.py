@@ -163,7 +163,7 @@ def infrastructure_figure(results:pl.DataFrame, runs:dict)->go.Figure:
     title = f"{worst['run']} waits longest for data: {worst['share']:.0f} % of its step time"
     return styled(fig, title, f"Stacked bars of where the time goes in {r.height} runs. {title}.", "share of the run's time, %").update_layout(margin=dict(l=250), yaxis=dict(autorange="reversed"))
 
-# %% ../../nbs/study/07_figures.ipynb #6edb32a4
+# %% ../../nbs/study/07_figures.ipynb #734cfc58
 KNEE = .1 # share of the step's own time that is waited
 
 def throttle_rows(steps:pl.DataFrame # of R22, see `load_steps`
@@ -189,7 +189,9 @@ def throttle_figure(steps:pl.DataFrame)->go.Figure:
     for k, (column, name) in enumerate((("step_s", "step"), ("wait_s", "of that waiting"))):
         fig.add_scatter(x=x, y=by[column].to_list(), name=name, mode="lines+markers", line=dict(dash=DASHES[k]), marker=dict(symbol=MARKERS[k], size=9), hovertemplate="%{x} MB/s<br>%{y:.3f} s")
     at, waiting = knee(by), by.filter(pl.col("waits") > KNEE)["throttle_mb_per_s"].to_list()
-    if at: fig.add_vline(x=at, line=dict(dash="dot", color=COLOURS[6]), annotation_text=f"knee, {at:.2g} MB/s", annotation_position="top right")
+    if at: # on a logarithmic axis a line is placed by its value, a text by its logarithm
+        fig.add_vline(x=at, line=dict(dash="dot", color=COLOURS[6]))
+        fig.add_annotation(x=math.log10(at), y=1, yref="paper", text=f"knee, {at:.2g} MB/s", showarrow=False, xanchor="left", xshift=6)
     title = f"Below {at:.2g} MB/s a rank, steps wait for storage" if at else f"Steps wait for storage from {max(waiting):g} MB/s a rank downwards" if waiting else "No storage speed that was tried makes steps wait"
     return styled(fig, title, f"Median step time and waiting time against storage speed. {title}.", "storage speed, MB/s a rank", "seconds a step").update_xaxes(type="log")
 
