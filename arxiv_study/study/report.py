@@ -119,7 +119,7 @@ def method_words(evidence:Evidence)->str:
             "Each run changes one thing against the run it names as its base and is measured in bits per byte on the same held-out text. "
             f"Effects are paired by seed; the rules that turn an interval into a verdict were fixed before anything was run. {counted}")
 
-# %% ../../nbs/study/11_report.ipynb #01b18026
+# %% ../../nbs/study/11_report.ipynb #39c704a0
 STYLE = """
 :root{--ink:#1b1f24;--soft:#5b6470;--line:#d5dae0;--page:#fff;--band:#f5f7f9;--link:#0b5394}
 *{box-sizing:border-box} body{margin:0 auto;max-width:1080px;padding:2rem 1.25rem 4rem;font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--page)}
@@ -133,10 +133,10 @@ dl{display:grid;grid-template-columns:9.5rem 1fr;gap:.2rem .8rem;margin:0} dt{co
 figure{margin:1.4rem 0;break-inside:avoid} .plot{min-height:430px} .tools{display:flex;gap:.5rem;flex-wrap:wrap;align-items:center;font-size:.85rem}
 button{font:inherit;padding:.15rem .7rem;border:1px solid var(--soft);background:var(--page);color:var(--ink);border-radius:4px;cursor:pointer} button:focus-visible,summary:focus-visible,.scroll:focus-visible{outline:3px solid #0072B2}
 details{margin:.4rem 0} summary{cursor:pointer;color:var(--link)} code{font-size:.92em;background:var(--band);padding:.05em .3em;border-radius:3px} .nowrap{white-space:nowrap}
-@media print{body{max-width:none;padding:0;font-size:10.5pt} .tools,button,.updatemenu-container,.slider-container{display:none!important} details{display:block} a{color:inherit} h2{break-after:avoid} tr,figure{break-inside:avoid}}
+@media print{body{max-width:none;padding:0;font-size:10.5pt} .tools,button,.updatemenu-container,.slider-container{display:none!important} details{display:block} a{color:inherit} h2,h3{break-after:avoid} figure{break-inside:auto} tr,.plot{break-inside:avoid} .scroll{overflow:visible} table{font-size:7.5pt} th,td{padding:.12rem .3rem}}
 """
 
-# %% ../../nbs/study/11_report.ipynb #82e2c1ee
+# %% ../../nbs/study/11_report.ipynb #d792ec9c
 SCRIPT = """
 const table = key => document.querySelector('#' + key + ' table');
 function draw(key){const f = JSON.parse(document.getElementById(key + '-data').textContent);
@@ -147,7 +147,7 @@ function save(name, href){const a = document.createElement('a'); a.href = href; 
 function picture(key, format){Plotly.downloadImage(document.querySelector('#' + key + ' .plot'), {format, filename:key, width:1080, height:520, scale:2});}
 document.querySelectorAll('[data-figure]').forEach(f => draw(f.id));
 document.addEventListener('click', e => {const b = e.target.closest('button'); if(!b) return; b.dataset.as === 'csv' ? csv(b.dataset.of) : picture(b.dataset.of, b.dataset.as);});
-addEventListener('beforeprint', () => document.querySelectorAll('details').forEach(d => d.open = true));
+addEventListener('beforeprint', () => document.querySelectorAll('details').forEach(d => d.open = d.querySelectorAll('tr').length < 40));
 """
 
 # %% ../../nbs/study/11_report.ipynb #7c850ce9
