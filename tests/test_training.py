@@ -150,19 +150,22 @@ def test_work_that_is_merely_long_raises_no_alarm(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("step", [None, 4], ids=["at the start", "at step 4"])
 def test_sigterm_to_all_processes_at_once(data, tmp_path, whole, monkeypatch, step):
-    "As Slurm ends a job: launcher and ranks hear it together, and the launcher a second time; the ranks end with code 0 and go on later"
+    "As Slurm ends a job: launcher and ranks hear it together, and once more; the ranks end with code 0 and go on later"
     config, folder, started, made = asked(data, tmp_path / "run", **SERIES), tmp_path / "run", [], launching.start_ranks
     def start(*args):
         started.extend(made(*args))
         if step is None: threading.Timer(1.0, terminate).start()
         return started
     def terminate():
-        for pid in [os.getpid(), *(p.pid for p in started), os.getpid()]: os.kill(pid, signal.SIGTERM)
+        for p in started: p.terminate()
+        time.sleep(0.05)  # or the second would be one with the first
+        for p in started: p.terminate()
+        for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as m, pytest.raises(StudyError, match="stopped: .*SIGTERM.* launch it again with resume"):
         m.setattr(launching, "start_ranks", start)
         launch(config, folder, ranks=2, on_line=at_step(step, terminate), poll_s=0.005)
     assert read_json(folder / "status.json")["state"] == "stopped"
-    if step: assert [p.returncode for p in started] == [0, 0]
+    if step: assert [p.returncode for p in started] == [0, 0] and "pre-empted by SIGTERM at step" in read_json(folder / "status.json")["reason"]
     assert ranks_alive(folder) == [] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     launch(config, folder, ranks=2, resume=True)
     assert series(folder) == whole
