@@ -150,7 +150,7 @@ def test_work_that_is_merely_long_raises_no_alarm(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("step", [None, 4], ids=["at the start", "at step 4"])
 def test_sigterm_to_all_processes_at_once(data, tmp_path, whole, monkeypatch, step):
-    "As Slurm ends a job: launcher and ranks hear it together, and once more; the ranks end with code 0 and go on later"
+    "As Slurm ends a job: launcher and ranks hear it together, the ranks once more; the ranks end with code 0 and go on later"
     config, folder, started, made = asked(data, tmp_path / "run", **SERIES), tmp_path / "run", [], launching.start_ranks
     def start(*args):
         started.extend(made(*args))
@@ -160,7 +160,7 @@ def test_sigterm_to_all_processes_at_once(data, tmp_path, whole, monkeypatch, st
         for p in started: p.terminate()
         time.sleep(0.05)  # or the second would be one with the first
         for p in started: p.terminate()
-        for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as m, pytest.raises(StudyError, match="stopped: .*SIGTERM.* launch it again with resume"):
         m.setattr(launching, "start_ranks", start)
         launch(config, folder, ranks=2, on_line=at_step(step, terminate), poll_s=0.005)
