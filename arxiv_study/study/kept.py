@@ -49,20 +49,26 @@ def _corpora(folder:Path)->list: # of a run: names of its corpus and its shards,
     path = folder/"config.json"
     return [Path(read_json(path)[k]).name for k in ("corpus_dir", "tokens_dir")] if path.is_file() else []
 
-# %% ../../nbs/study/10_kept.ipynb #250b7874
+# %% ../../nbs/study/10_kept.ipynb #9be338d2
 def small_tables(workspace:Path, e:Evidence, # of that workspace
                  baselines:list=() # see the chapter on baselines
                 )->Kept:
     "What a workspace has to keep."
     keys, folder = list(e.results.select("run", "seed").iter_rows()), lambda id, seed: run_folder(workspace, e.scale, id, seed)
     lines = [dict(run=id, seed=seed, status=_placeless(read_status(folder(id, seed)), workspace), result=load_result(workspace, e.scale, id, seed)) for id, seed in keys]
-    steps = [thinned(s).with_columns(run=pl.lit(id)).select(STEPS).cast(STEPS) for id, s in e.steps.items() if s.height]
+    steps = [thinned(s).with_columns(run=pl.lit(id)).select(list(STEPS)).cast(STEPS) for id, s in e.steps.items() if s.height]
     corpora = {id: names for id, seed in reversed(keys) if (names := _corpora(folder(id, seed)))}
     pieces = [dict(environment=e.environment, runs=[f"{l['run']} s{l['seed']}" for l in lines if l["status"]["state"] == "done"])]
     about = dict(scale=e.scale, environment=e.environment, baselines=list(baselines), corpora=corpora, pieces=pieces)
     return Kept(about, lines, pl.concat(steps) if steps else pl.DataFrame(schema=STEPS), by_group(e.papers, e.groups), e.evaluations, e.noise, e.ledger)
 
-# %% ../../nbs/study/10_kept.ipynb #af8d46bc
+# %% ../../nbs/study/10_kept.ipynb #52f39467
+def _pieces(before:Kept, new:Kept, taken:set)->list: # of environment and runs
+    "Which machine has made which runs, as they are kept now."
+    left = [p | dict(runs=[r for r in p["runs"] if r not in taken]) for p in before.about["pieces"]]
+    came = [p | dict(runs=[r for r in p["runs"] if r in taken]) for p in new.about["pieces"]]
+    return [p for p in left + came if p["runs"]]
+
 def merged(before:Kept, new:Kept)->Kept: # errors: StudyError where they do not belong together
     "Two pieces of a study as one."
     for run, names in new.about["corpora"].items():
@@ -76,7 +82,7 @@ def merged(before:Kept, new:Kept)->Kept: # errors: StudyError where they do not 
     either = lambda a, b: pl.concat([a.filter(~pl.col("run").is_in(runs)), b.filter(pl.col("run").is_in(runs))]).sort("run", maintain_order=True)
     keys = pl.DataFrame(list(taken), schema={"run": pl.String, "seed": pl.Int64}, orient="row")
     both = lambda a, b: pl.concat([a.join(keys, on=["run", "seed"], how="anti"), b.join(keys, on=["run", "seed"], how="semi")]).sort("run", "seed", maintain_order=True)
-    about = before.about | {k: v for k, v in new.about.items() if v} | dict(corpora=before.about["corpora"] | new.about["corpora"], pieces=before.about["pieces"] + new.about["pieces"])
+    about = before.about | {k: v for k, v in new.about.items() if v} | dict(corpora=before.about["corpora"] | new.about["corpora"], pieces=_pieces(before, new, {f"{run} s{seed}" for run, seed in taken}))
     return Kept(about, lines, either(before.steps, new.steps), either(before.papers, new.papers), both(before.evaluations, new.evaluations), both(before.noise, new.noise),
                 before.ledger if new.ledger is None else new.ledger)
 
