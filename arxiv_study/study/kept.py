@@ -86,7 +86,7 @@ def merged(before:Kept, new:Kept)->Kept: # errors: StudyError where they do not 
     return Kept(about, lines, either(before.steps, new.steps), either(before.papers, new.papers), both(before.evaluations, new.evaluations), both(before.noise, new.noise),
                 before.ledger if new.ledger is None else new.ledger)
 
-# %% ../../nbs/study/10_kept.ipynb #8e724bd9
+# %% ../../nbs/study/10_kept.ipynb #3671e3b0
 def write_kept(kept:Kept, out:Path # what it held before is replaced
               ):
     "Write the tables, whole."
@@ -94,8 +94,8 @@ def write_kept(kept:Kept, out:Path # what it held before is replaced
     shutil.rmtree(new, ignore_errors=True)
     with whole_folder(new) as folder:
         with whole_file(folder/"runs.jsonl", "w") as f: f.writelines(json.dumps(line, ensure_ascii=False)+"\n" for line in kept.lines)
-        shorter = pl.col(pl.Float64).cast(pl.Float32)
-        for name in ("steps", "noise"): getattr(kept, name).with_columns(shorter).write_parquet(folder/f"{name}.parquet", compression="zstd")
+        kept.steps.write_parquet(folder/"steps.parquet", compression="zstd")
+        kept.noise.with_columns(pl.col(pl.Float64).cast(pl.Float32)).write_parquet(folder/"noise.parquet", compression="zstd")
         for name in ("papers", "evaluations"): getattr(kept, name).write_csv(folder/f"{name}.csv")
         if kept.ledger is not None: kept.ledger.write_csv(folder/"ledger.csv")
         write_json(folder/"about.json", kept.about)
