@@ -164,9 +164,10 @@ def follow(
     pass_on()
     return reason
 
-# %% ../../nbs/model/12_launch.ipynb #14bbb29e
+# %% ../../nbs/model/12_launch.ipynb #adbd89e0
 CAUSES = {signal.SIGKILL: "as the kernel does where memory runs out: take fewer rows a micro-batch or a machine with more memory, then launch again with resume",
           signal.SIGABRT: "as PyTorch does where a collective on a GPU has hung for longer than its timeout: see the logs of all ranks, then launch again with resume",
+          signal.SIGTERM: "before it had anything to save: launch again with resume",
           signal.SIGBUS: "as happens where /dev/shm or the disk of a mapped file is full: free some space, then launch again with resume"}
 
 def died(
