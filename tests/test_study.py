@@ -25,6 +25,76 @@ def test_reproduces_the_published_fit(tmp_path):
     for name, value in expected.items(): assert fit[name] == pytest.approx(value, rel=2e-5), name
     assert fit["n_points"] == 240 and fit["identified"] and fit["intervals"]["alpha"][0] < fit["alpha"] < fit["intervals"]["alpha"][1]
 
+@pytest.mark.slow
+def test_bootstrap_intervals_cover():
+    "Percentile intervals of alpha cover what was planted, with 60 points and with the dozen of a small study, where the profile alone would be too sure."
+    from arxiv_study.study.scaling import ScalingLaw, bootstrap_intervals, fit_law, profile_interval
+    law = ScalingLaw(40, 200, .8, .34, .37, 0.)
+    few = np.array([(n, d) for n in (60e3, 300e3, 900e3, 2.2e6) for d in (.5e6, 1e6, 2e6)])
+    many = 10**np.random.default_rng(0).uniform([5, 6], [9, 9], (60, 2))
+    covered = dict(few=0, many=0, profile_of_few=0)
+    for seed in range(24):
+        for name, places, noise in (("few", few, .005), ("many", many, .003)):
+            loss = law.loss(*places.T)*np.exp(noise*np.random.default_rng(seed).standard_normal(len(places)))
+            points = np.column_stack([places, loss])
+            fit = fit_law(points, 6)
+            low, high = bootstrap_intervals(points, fit, 40, seed=seed)["alpha"]
+            covered[name] += low < .34 < high
+            if name == "few": covered["profile_of_few"] += np.subtract(*profile_interval(points, fit)[::-1]) < high-low
+    assert covered["few"] >= 19 and covered["many"] >= 19, covered     # P(X <= 18) is 0.2 % if the coverage is 95 %
+    assert covered["profile_of_few"] >= 12, covered                    # narrower than the bootstrap in most studies: both are asked
+
+# The rules that pass verdicts, by simulation
+
+JUDGED = {"m": "R03 R09 R10 R11 R12 R13 R14 R15 R16 R17 R18 R19 R20".split(), "xs": "R01 R06 R07 R08".split()}
+PAIRED_SD = .028     # of a difference of two runs with one seed, measured at desk scale
+
+def simulated_study(rng, seeds, effects={}):
+    "Judged contrasts of a study whose effects are known; `seeds` is a number, or a function of the run."
+    import polars as pl
+    from arxiv_study.study.statistics import judge_contrasts
+    rows = []
+    for size, runs in JUDGED.items():
+        common = .03*rng.standard_normal(5)
+        for run in runs:
+            n = seeds(run) if callable(seeds) else seeds
+            rows += [(run, s, size, 2+effects.get(run, 0.)+common[s]+PAIRED_SD/2**.5*rng.standard_normal()) for s in range(n)]
+    return judge_contrasts(pl.DataFrame(rows, schema=["run", "seed", "size", "bits_per_byte"], orient="row"))
+
+def within(n, p, sds=3): return sds*(p*(1-p)/n)**.5
+
+@pytest.mark.parametrize("seeds", ["3", "5", "as designed"])
+def test_nine_contrasts_err_in_five_studies_of_a_hundred(seeds):
+    "Where nothing differs, some interval of the nine excludes 0 in at most 5 % of studies, and a claim is supported in fewer."
+    from arxiv_study.study.runs import n_seeds
+    from arxiv_study.study.statistics import SUPPORTED
+    rng, n = np.random.default_rng(6), 400
+    studies = [simulated_study(rng, n_seeds if seeds == "as designed" else int(seeds)) for _ in range(n)]
+    excluded = np.mean([any(j.low > 0 or j.high < 0 for j in study) for study in studies])
+    supported = np.mean([any(j.verdict == SUPPORTED for j in study) for study in studies])
+    assert excluded <= .05 + within(n, .05) and supported <= excluded, (excluded, supported)
+
+@pytest.mark.parametrize("seeds, effect, power", [(3, .07, .86), (5, .05, .84)])
+def test_power_is_what_the_design_states(seeds, effect, power):
+    "An effect is seen (interval above 0) as often as stated. Supported needs the estimate to reach 0.05, too: an effect of just that size is a coin's flip."
+    from arxiv_study.study.statistics import CANNOT_TELL, SUPPORTED
+    rng, n = np.random.default_rng(7), 400
+    found = [next(j for j in simulated_study(rng, seeds, {"R15": effect}) if j.contrast.run == "R15") for _ in range(n)]
+    seen, supported = np.mean([j.low > 0 for j in found]), np.mean([j.verdict == SUPPORTED for j in found])
+    assert abs(seen-power) < within(n, power)+.02, seen
+    assert supported > .7 if effect > .05 else abs(supported-.5) < within(n, .5), supported
+    assert {j.verdict for j in simulated_study(rng, 1, {"R15": effect})} == {CANNOT_TELL}      # one seed shows no noise
+
+@pytest.mark.parametrize("n_seeds", [3, 5])
+def test_the_noise_rule_rarely_calls_equal_gradients_noisier(n_seeds):
+    "Student's interval over the log ratios of a few seeds: equal noise is called noisier in at most 2.5 %, twice the noise is mostly found with five seeds."
+    from arxiv_study.study.convergence import noise_verdict
+    from arxiv_study.study.statistics import SUPPORTED, mean_interval
+    rng, n = np.random.default_rng(8), 2000
+    called = lambda ratio: np.mean([noise_verdict(*np.exp(mean_interval(np.log(ratio)+.25*rng.standard_normal(n_seeds)))) == SUPPORTED for _ in range(n)])
+    assert called(1.) <= .025 + within(n, .025)
+    assert n_seeds == 3 or called(2.) > .9
+
 # Run files
 
 def test_the_run_files_have_exactly_five_keys():
