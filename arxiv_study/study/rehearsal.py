@@ -9,7 +9,7 @@ __all__ = ['ARXIV', 'WEEK_S', 'QUIET', 'DOUBT', 'PIECE', 'TEXT_PACKED', 'SKETCH'
            'young_s', 'daly_s', 'luck', 'fetching', 'core_s_per_byte', 'parts_bytes', 'working', 'Stage',
            'shards_bytes', 'disk_marks', 'stations', 'tars_rows', 'flow_rows', 'train_row', 'priced', 'history',
            'quantile', 'most_often', 'Rehearsal', 'rehearse', 'spans', 'timeline_title', 'timeline_figure',
-           'head_start_s', 'keeps_up', 'checkpoint_table', 'corpus_s', 'step_s']
+           'head_start_s', 'keeps_up', 'checkpoint_table', 'corpus_s', 'step_s', 'rehearsal_rows', 'in_brief']
 
 # %% ../../nbs/study/13_rehearsal.ipynb #74282588
 import heapq, itertools, math, random, statistics
@@ -56,7 +56,7 @@ def shape_by(manifest:Path # arXiv_src_manifest.xml
     share = sum(tars)/sum(ARXIV.tars)
     return Shape(tars, ARXIV.tex_bytes*share, ARXIV.text_bytes*share, round(ARXIV.papers*share), round(ARXIV.records*share))
 
-# %% ../../nbs/study/13_rehearsal.ipynb #ae3ded39
+# %% ../../nbs/study/13_rehearsal.ipynb #16bb4fd6
 @dataclass(frozen=True)
 class Constants:
     "What one core takes, in seconds"
@@ -66,11 +66,11 @@ class Constants:
     warm_s: float = 0. # once a worker
     start_s: float = 0. # until a pool's process works, where there are several workers
     assembly_s_per_paper: float = 51e-6 # duplicates, splits and ledger
-    assembly_s_per_text_mb: float = .02 # the text's tables, written anew
+    assembly_s_per_text_mb: float = .02 # the text's tables, read and written anew: 178 MB/s for writing alone, 50 assumed for both
     once_s: float = 0. # whatever the size
     sums_mb_per_s: float = 407. # MD5 of what was fetched
     encoded_mb_per_s: float = 10.6 # text to tokens
-    learned_mb_per_s: float = .5 # of the tokenizer's sample
+    learned_mb_per_s: float = .5 # of the tokenizer's sample: assumed, an eighth of the 4 MB/s on the miniature, which has few words
     source: str = "benchmarks of this repository, two shared cores"
 
 # %% ../../nbs/study/13_rehearsal.ipynb #ef3dc9b3
@@ -603,3 +603,17 @@ def step_s(compute_s:float, # of a step by itself
     "A training step behind a slow disk"
     read_s = n_bytes/1e6/mb_per_s
     return max(compute_s, read_s) if prefetch else compute_s + read_s
+
+# %% ../../nbs/study/13_rehearsal.ipynb #01eef539
+def rehearsal_rows(rehearsal:Rehearsal)->list[dict]: # with the key part
+    "Everything that a rehearsal says"
+    r = rehearsal
+    parts = {"timeline": r.rows(), "GPUs fed straight from the tars, stages side by side": keeps_up(r.shape, r.constants, r.fleet, r.troubles),
+             "interval between checkpoints": checkpoint_table(r.fleet, r.troubles)}
+    return [dict(part=part) | row for part, rows in parts.items() for row in rows]
+
+def in_brief(row:dict)->dict:
+    "Three quantiles in one column, for a terminal"
+    names = [k.removesuffix("_low") for k in row if k.endswith("_low")]
+    span = lambda k: f"{row[k]:.3g} ({row[k + '_low']:.3g} to {row[k + '_high']:.3g})"
+    return {k: span(k) if k in names else v for k, v in row.items() if not k.endswith(("_low", "_high"))}
