@@ -138,6 +138,8 @@ def test_peak_memory_is_what_the_system_counts(size, precision):
 def test_forward_and_backward_of_the_whole_paper_model():
     "1 x 768 tokens in bf16: finite gradients and the planner's memory; the optimizer's states, another 16 GB, are left out, since they do not fit here"
     import psutil
+    if not any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16")) and not os.environ.get("PATIENT"):
+        pytest.skip("this processor has no instructions for bf16, so the pass takes about half an hour: PATIENT=1 takes it")
     recipe = recipe_of("bf16", "none", 256, rows=1, context=768, accumulation=1)
     moments = [m for m in memory_moments(PRESETS["paper"], recipe, 1, CPU, accumulated=False) if m["moment"] != "update"]
     planned = max(m["gradients"] + without_state(m) for m in moments)
