@@ -244,21 +244,22 @@ def lose(self:Station, now_s:float, node:int):
 @patch
 def give_back(self:Station, node:int): self.idle.extend(range(node*self.cores, (node + 1)*self.cores))
 
-# %% ../../nbs/study/13_rehearsal.ipynb #e44ae185
+# %% ../../nbs/study/13_rehearsal.ipynb #1f15e309
 def _step(stations:list[Station], events:Events, overlapped:bool, n_jobs:int, rng:random.Random)->float: # the moment
     "Let one event happen."
     now_s, kind, (here, *what) = events.take()
     station = stations[here]
+    is_open = here == 0 or overlapped or len(stations[here - 1].done) == n_jobs
     if kind == "done" and (job := station.finish(now_s, *what)) is not None and here + 1 < len(stations):
         stations[here + 1].line.append(job)
         if overlapped or len(station.done) == n_jobs: stations[here + 1].hand_out(now_s, events, here + 1)
-    if kind == "lost":
+    if kind == "lost" and is_open:
         station.lose(now_s, *what)
         events.put(now_s + station.replace_s, "back", (here, *what))
-    if kind == "back":
-        station.give_back(*what)
+    elif kind in ("lost", "back"): # nothing is lost that is not yet rented
+        if kind == "back": station.give_back(*what)
         events.put(now_s + rng.expovariate(station.loss_rate), "lost", (here, *what))
-    if here == 0 or overlapped or len(stations[here - 1].done) == n_jobs: station.hand_out(now_s, events, here)
+    if is_open: station.hand_out(now_s, events, here)
     return now_s
 
 
@@ -321,8 +322,8 @@ def luck(rng:random.Random)->dict: # resource -> factor of its duration
     "How far off the constants are in one history"
     return {k: math.exp(rng.gauss(0., s)) for k, s in DOUBT.items()}
 
-# %% ../../nbs/study/13_rehearsal.ipynb #090b00dd
-PIECE, TEXT_PACKED, SKETCH = 16 << 20, .27, 4_180 # bytes; size of text in Parquet, of the miniature's 12 MB; bytes a paper
+# %% ../../nbs/study/13_rehearsal.ipynb #d4c835ae
+PIECE, TEXT_PACKED, SKETCH = 16 << 20, .25, 4_180 # bytes; share of text that is left in Parquet, of 322 real papers; bytes a paper
 
 def fetching(fleet:Fleet, constants:Constants, disk:Disk, off:dict)->Callable:
     "Seconds of one tar on one stream"
