@@ -18,7 +18,7 @@ import yaml
 from ..model.configuration import PRESETS, ModelConfig, n_parameters
 from ..settings import Settings, StudyError
 
-# %% ../../nbs/study/00_runs.ipynb #89901fe4
+# %% ../../nbs/study/00_runs.ipynb #301befd6
 CORPUS = {"recipe": "flatten", "macros": "keep", "archive_policy": "lenient", "language_text": "prose", "min_abstract_words": 20, "min_year": None}
 TOKENIZER = {"kind": "bpe", "vocab_size": 1024, "latex_symbols": True, "split_digits": True, "sample": "mixed", "seed": 0}
 BATCHES = {"context": 256, "rows": 4, "accumulation": 1, "order": "mixed", "layout": "packed", "source": "shards",
@@ -26,7 +26,7 @@ BATCHES = {"context": 256, "rows": 4, "accumulation": 1, "order": "mixed", "layo
 MODEL = {"size": "m", "tied": True, "rope_theta": 10_000., "norm_eps": 1e-6, "init_std": .02}
 TRAINING = {"budget": None, "tokens": None, "tokens_per_parameter": None, "branches": [], "lr_hidden_at_2048": 2e-4, "lr_other": 3.2e-3,
             "lr_multiplier": 1., "lr_by_width": True, "decay_all": False, "schedule": "wsd", "warmup_fraction": .05, "decay_fraction": .2, "clip": 1., "weight_decay": .1,
-            "zero_stage": 2, "activation_checkpointing": "full", "precision": "fp32", "noise_every": 10}
+            "zero_stage": 2, "activation_checkpointing": "full", "precision": "fp32", "noise_every": 2}
 
 # %% ../../nbs/study/00_runs.ipynb #d31d2c84
 def _dimensions(preset:ModelConfig)->dict: return {k: getattr(preset, k) for k in ("n_layers", "d_model", "d_ffn", "n_heads")}
@@ -36,14 +36,14 @@ SIZES = {scale: {size: _dimensions(PRESETS[f"{scale}-{size}"]) for size in ("xs"
 SIZES["smoke"]["xs"] = _size(2, 8, 24, 1)
 SIZES["paper"] = {"xs": _size(12, 768, 2048, 12), "s": _size(24, 1024, 2752, 16), "m": _dimensions(PRESETS["paper"]), "l": _size(32, 2560, 6912, 20)}
 
-# %% ../../nbs/study/00_runs.ipynb #6d3cb7e0
+# %% ../../nbs/study/00_runs.ipynb #9f1044d7
 def _baseline(scale, batches, tokenizer, training, evaluation, model={})->dict:
     "The baseline of one scale: the common values, then this scale's."
     return {"corpus": dict(CORPUS), "tokenizer": TOKENIZER|tokenizer, "batches": BATCHES|batches, "model": MODEL|model,
             "training": TRAINING|training, "evaluation": evaluation, "scale": scale}
 
 BASELINES = {
-    "smoke": _baseline("smoke", {}, {"sample_bytes": 1_000_000}, {"tokens": 131_072, "max_seconds": 8., "noise_every": 8}, {"n_bytes": 50_000}),
+    "smoke": _baseline("smoke", {}, {"sample_bytes": 1_000_000}, {"tokens": 131_072, "max_seconds": 8., "noise_every": 4}, {"n_bytes": 50_000}),
     "desk": _baseline("desk", {}, {"vocab_size": 4096, "sample_bytes": 10_000_000}, {"tokens": 2_000_000, "max_seconds": 60.}, {"n_bytes": 352_000}),
     "paper": _baseline("paper", {"context": 768, "rows": 32, "accumulation": 32}, {"vocab_size": 35_584, "sample_bytes": 2_000_000_000},
         {"tokens": 52_180_000_000, "max_seconds": 3600., "schedule": "cosine", "warmup_fraction": 500/33_175, "lr_other": 2e-4, "lr_by_width": False, "decay_all": True, "precision": "bf16", "noise_every": 50},
