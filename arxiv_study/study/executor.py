@@ -199,7 +199,7 @@ def open_page(namespace:dict # `globals()` of the notebook, right after its para
     run = requested_run(p, runs)
     return Page(run, runs, settings, effective(run, settings, runs), run_folder(settings.workspace, settings.scale, run.id, settings.seed))
 
-# %% ../../nbs/study/03_executor.ipynb #15ef01a6
+# %% ../../nbs/study/03_executor.ipynb #bc036377
 WRITTEN = ("config.json", "environment.json", "metrics.jsonl", "status.json", "result.json", "baselines.json", "checkpoints", "model.json", "model.safetensors", "tensorboard", "rank-*.log", ".meeting-*")
 
 def clear_run(folder:Path):
@@ -212,7 +212,7 @@ def recorded(folder:Path): # of the run
     try: yield
     except BaseException as e:
         reason = "interrupted" if isinstance(e, KeyboardInterrupt) else str(e) or type(e).__name__
-        if read_status(folder)["state"] != "failed": write_json(Path(folder)/"status.json", {"state": "failed", "outcome": None, "reason": reason})
+        if read_status(folder)["state"] not in ("failed", "stopped"): write_json(Path(folder)/"status.json", {"state": "failed", "outcome": None, "reason": reason})
         raise
 
 # %% ../../nbs/study/03_executor.ipynb #f6e41ec8
@@ -266,7 +266,7 @@ def notebook_command(run:Run, settings:Settings)->list:
     return [*PAPERMILL, str(runs/"run.ipynb"), str(folder/f"{run.id}.ipynb"), "-f", str(runs/f"{run.id}.yaml"), "--no-progress-bar", "--log-level", "WARNING",
             "-k", "python3", *(x for name, value in parameters for x in ("-p", name, str(value)))]
 
-# %% ../../nbs/study/03_executor.ipynb #1996f87a
+# %% ../../nbs/study/03_executor.ipynb #1cac9880
 def last_step(folder:Path)->str:
     "A few words on how far a run is, from its metrics."
     path = folder/"metrics.jsonl"
@@ -286,7 +286,7 @@ def execute_run(run:Run, config:RunConfig, settings:Settings, on_tick=lambda wor
     with recorded(folder): code = follow(notebook_command(run, settings), folder/"papermill.log", runs_folder(settings).parent, lambda: on_tick(last_step(folder)))
     status = read_status(folder)
     if code == 0 and status["state"] == "done": return status
-    if status["state"] != "failed": write_json(folder/"status.json", {"state": "failed", "outcome": None, "reason": f"the notebook stopped with exit code {code}; see {folder/'papermill.log'}"})
+    if status["state"] not in ("failed", "stopped"): write_json(folder/"status.json", {"state": "failed", "outcome": None, "reason": f"the notebook stopped with exit code {code}; see {folder/'papermill.log'}"})
     return read_status(folder)
 
 # %% ../../nbs/study/03_executor.ipynb #4cef26dc
