@@ -7,7 +7,7 @@ from arxiv_study.model.launch import launch
 from arxiv_study.model.optimization import parameter_groups
 from arxiv_study.model.train import Training
 from arxiv_study.model.transformer import Transformer, summed_loss
-from arxiv_study.storage import write_json
+from arxiv_study.storage import read_jsonl, write_json
 from arxiv_study.tokens.batches import BatchConfig, Batches
 from .batches import packed_miniature
 from .interleaved import bars, table
@@ -135,7 +135,9 @@ def first_step(d, tokens_dir):
     write_json(Path(d)/"first.json", dataclasses.asdict(config))
     start, seen = time.perf_counter(), []
     launch(Path(d)/"first.json", Path(d)/"first", 2, on_line=lambda record: seen.append(time.perf_counter() - start) if "step" in record else None)
-    print(f"\ntwo ranks, launcher to first step: {seen[0]:.1f} s")
+    started = next(r for r in read_jsonl(Path(d)/"first"/"metrics.jsonl") if r.get("event") == "started")
+    parts = ", ".join(f"{k.removesuffix('_s').replace('_', ' ')} {v:.1f}" for k, v in started.items() if k.endswith("_s") and k != "total_s")
+    print(f"\ntwo ranks, launcher to first step: {seen[0]:.1f} s, of which rank 0 spent {started['total_s']:.1f} ({parts})")
     return "launcher to first step in seconds: 12 s over the time it took", 12/seen[0], 1
 
 def main(n_steps=20):
