@@ -158,19 +158,20 @@ def largest_loss(papers:dict, groups:dict, # see Evidence
     run = max(found, key=lambda r: found[r][0])
     return dict(run=run, share=found[run][0], low=found[run][1], high=found[run][2], all={r: s[0] for r, s in found.items()})
 
-# %% ../../nbs/study/06_findings.ipynb #c8178892
-def worth(evidence:Evidence)->dict: # run -> fresh tokens of R03 as a share of R03's own; None beyond its branches
+# %% ../../nbs/study/06_findings.ipynb #5a281a7a
+def worth(evidence:Evidence)->dict: # run -> least and most fresh tokens of R03, as shares of R03's own; equal between its branches
     "What a pass over each variant taught, in tokens of the baseline."
     curve = evidence.points.filter(pl.col("run") == "R03").group_by("n_tokens").agg(pl.col("bits_per_byte").mean()).sort("n_tokens")
     if curve.height < 2: return {}
     means = evidence.results.filter(pl.col("run").is_in(["R09", "R10", "R11", "R12"])).group_by("run").agg(pl.col("bits_per_byte").mean()).drop_nulls().sort("run")
     tokens, bits = curve["n_tokens"].to_numpy(), curve["bits_per_byte"].to_numpy()
-    return {run: t and t/tokens[-1] for run, loss in means.iter_rows() for t in [fresh_equivalent(tokens, bits, loss)]}
+    outside = lambda loss: (0., tokens[0]/tokens[-1]) if loss > bits.max() else (1., np.inf)
+    return {run: (t/tokens[-1],)*2 if t else outside(loss) for run, loss in means.iter_rows() for t in [fresh_equivalent(tokens, bits, loss)]}
 
 def worth_words(found:dict)->str:
     "The worth of the variants as a part of a sentence."
     if not found: return ""
-    return "; what a pass over each variant teaches, as a share of R03's tokens: " + ", ".join(f"{run} {share:.0%}" if share else f"{run} beyond R03's branches" for run, share in found.items())
+    return "; what a pass over each variant teaches, as a share of R03's tokens: " + ", ".join(f"{run} " + (f"{low:.0%}" if low == high else f"more than {low:.0%}" if low else f"less than {high:.0%}") for run, (low, high) in found.items())
 
 # %% ../../nbs/study/06_findings.ipynb #af23eaef
 def yield_finding(evidence:Evidence)->Finding:
