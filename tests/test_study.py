@@ -95,6 +95,30 @@ def test_the_noise_rule_rarely_calls_equal_gradients_noisier(n_seeds):
     assert called(1.) <= .025 + within(n, .025)
     assert n_seeds == 3 or called(2.) > .9
 
+def estimates_of_noise(run, seed, factor, worse, rng, every):
+    "What 976 steps at desk scale leave: warm-up and decay of the rate, a signal that scatters by 0.62 as measured at smoke scale, noise that doubles a bit."
+    import polars as pl
+    from arxiv_study.study.convergence import NOISE
+    step = np.arange(0, 976, every)
+    left, n = (976-step)/195, len(step)
+    loss = 2.2+worse+2.5*np.exp(-step/60)+1.2*(step/30+1)**-.6-.1*np.clip(1-left, 0, 1)
+    variance = factor*2000*2**(4-loss)*np.exp(.25*rng.standard_normal(n))
+    return pl.DataFrame(dict(run=[run]*n, seed=[seed]*n, step=step, bits_per_byte=loss, lr=np.minimum(1, np.minimum((step+1)/49, left)), variance=variance, signal=1+.62*rng.standard_normal(n), bytes_per_token=[2.5]*n), schema=NOISE)
+
+@pytest.mark.parametrize("worse, enough", [(.1, .95), (.3, .75)])
+def test_noisier_gradients_are_found_with_the_estimates_of_a_desk_run(worse, enough):
+    "Five seeds; R15 learns as R03 does, 0.1 or 0.3 bits per byte higher. An estimate each tenth step would not do: two runs share few losses."
+    import polars as pl
+    from arxiv_study.study.convergence import noise_ratio
+    from arxiv_study.study.statistics import CANNOT_TELL, SUPPORTED
+    def verdicts(factor, every, n=40):
+        rng = np.random.default_rng(9)
+        return [noise_ratio(pl.concat([estimates_of_noise(run, s, f, w, rng, every) for s in range(5) for run, f, w in (("R15", factor, worse), ("R03", 1., 0.))]), "R15", "R03").verdict for _ in range(n)]
+    every = BASELINES["desk"]["training"]["noise_every"]
+    assert verdicts(1.5, every).count(SUPPORTED) >= enough*40
+    assert verdicts(1., every).count(SUPPORTED) <= 2
+    assert worse < .3 or set(verdicts(1.5, 10, 5)) == {CANNOT_TELL}
+
 # Run files
 
 def test_the_run_files_have_exactly_five_keys():
