@@ -8,7 +8,7 @@ __all__ = ['JUDGED_RUNS', 'LEDGER', 'NOISY', 'Evidence', 'with_sizes', 'size_poi
            'both_conditions', 'noise_words', 'tokenizer_finding', 'wait_share', 'storage_finding', 'stability_finding',
            'scaling_finding', 'soon_words', 'curriculum_finding', 'findings']
 
-# %% ../../nbs/study/06_findings.ipynb #734b9201
+# %% ../../nbs/study/06_findings.ipynb #9851eb33
 from dataclasses import dataclass, field
 from pathlib import Path
 import csv
@@ -21,7 +21,7 @@ from .convergence import EVALUATIONS, NOISE, NOISIER, evaluation_rows, noise_rat
 from .results import WARM, branch_points, load_events, load_result, load_results, load_steps, run_folder
 from .runs import said
 from .scaling import fresh_equivalent, size_slope
-from .statistics import CANNOT_TELL, CONTRASTS, NOT_SUPPORTED, SMALLEST_EFFECT, SUPPORTED, Judged, bootstrap_share, judge_contrasts, rate_verdict, threshold_verdict
+from .statistics import CANNOT_TELL, CONTRASTS, NOT_SUPPORTED, SMALLEST_EFFECT, SUPPORTED, Judged, bootstrap_share, judge_contrasts, mean_interval, rate_verdict, threshold_verdict
 
 # %% ../../nbs/study/06_findings.ipynb #bb56468e
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def stability_finding(evidence:Evidence, judged:list)->Finding:
     verdict, why = limited(evidence, decided, why)
     return Finding("Data-rich regime", "With 38 tokens a parameter, training is stable.", here, verdict, why, "supported if repeated data has more than twice the rate of spikes and divergence, of at least 5", "R01,R06,R07,R08,R17")
 
-# %% ../../nbs/study/06_findings.ipynb #596321f5
+# %% ../../nbs/study/06_findings.ipynb #9a1df7c3
 def scaling_finding(evidence:Evidence)->Finding:
     "Does loss fall with size, as a power law?"
     rule = "supported if the slope of ln(bits per byte) on ln(parameters) is below 0; a power law also needs no curvature and R04 predicted within 0.05"
@@ -264,11 +264,12 @@ def scaling_finding(evidence:Evidence)->Finding:
     if not full: return Finding("Scaling", "Loss falls with model size.", "not measured", *limited(evidence, CANNOT_TELL, "four sizes at one token count are needed"), rule, "R01,R02,R03,R04")
     at = full[max(full)]
     s = size_slope(at["n_params"].to_numpy(), at["bits_per_byte"].to_numpy())
-    near = abs(s.predicted-s.measured) <= SMALLEST_EFFECT
-    here = f"slope {_signed(s.slope)} at {max(full):,} tokens; curvature {_signed(s.curvature)}; the largest size predicted as {s.predicted:.3f}, measured {s.measured:.3f}"
-    slopes = [size_slope(f["n_params"].to_numpy(), f["bits_per_byte"].to_numpy()).slope for (_,), q in p.filter(pl.col("n_tokens") == max(full)).group_by("seed") if (f := q.sort("n_params")).height >= 4]
+    each = [size_slope(f["n_params"].to_numpy(), f["bits_per_byte"].to_numpy()) for (_,), q in p.filter(pl.col("n_tokens") == max(full)).group_by("seed", maintain_order=True) if (f := q.sort("n_params")).height >= 4]
+    slopes, (_, low, high) = [e.slope for e in each], mean_interval([e.curvature for e in each])
+    power = low is not None and low <= 0 <= high and abs(s.predicted-s.measured) <= SMALLEST_EFFECT
+    here = f"slope {_signed(s.slope)} at {max(full):,} tokens; curvature {_signed(s.curvature)}{_ends(low, high)}; the largest size predicted as {s.predicted:.3f}, measured {s.measured:.3f}"
     decided = SUPPORTED if len(slopes) >= 3 and max(slopes) < 0 else NOT_SUPPORTED if len(slopes) >= 3 and min(slopes) >= 0 else CANNOT_TELL
-    verdict, why = limited(evidence, decided, f"{'and' if near else 'but not'} a power law by the rule; the constants of a full law are refused")
+    verdict, why = limited(evidence, decided, f"{'and' if power else 'but not'} a power law by the rule; what the points say of a full law stands under Scaling")
     return Finding("Scaling", "Loss falls with model size.", here, verdict, why, rule, "R01,R02,R03,R04")
 
 # %% ../../nbs/study/06_findings.ipynb #96daf21e
