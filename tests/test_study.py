@@ -219,7 +219,7 @@ def test_interrupt_stops_everything(here):
     job.communicate(timeout=60)
     gone, alive = psutil.wait_procs(family, timeout=10)
     assert job.returncode == 130 and not alive, alive
-    assert json.loads((metrics.parent/"status.json").read_text())["state"] == "failed"
+    assert json.loads((metrics.parent/"status.json").read_text())["state"] in ("failed", "stopped")   # stopped: the ranks had time to save
 
 def test_killed_executor_leaves_no_process(here):
     "SIGKILL cannot be caught: papermill, kernel and ranks must notice by themselves."
