@@ -256,7 +256,7 @@ def _cut_traces(law:ScalingLaw, cut:str, value:float)->tuple: # x and y of the c
     best = compute_optimal(law, value) if cut == "budget" else None
     return ([float(f"{v:.4g}") for v in x], [best.n_params] if best else [], [paper] if paper else []), (y.round(4).tolist(), [best.loss] if best else [], [float(law.loss(*PAPER))] if paper else [])
 
-# %% ../../nbs/study/07_figures.ipynb #61b4c533
+# %% ../../nbs/study/07_figures.ipynb #e50e1b09
 def _slider(law:ScalingLaw, cut:str, active:int, visible:bool)->dict:
     "The slider of one cut."
     values, words, _ = CUTS[cut]
@@ -282,7 +282,7 @@ def law_figure(law:ScalingLaw=EPOCH)->go.Figure:
     alt = (f"Predicted loss over model size at {budget:.3g} FLOPs, a valley: at the paper's {PAPER[0]:.3g} parameters and {PAPER[1]:.4g} tokens it is {place:.3f} nats a token, "
            f"at the best, {best.n_params:.3g} parameters with {best.tokens_per_param:.0f} tokens each, {best.loss:.3f}. Sliders and a menu show other budgets, sizes and token counts.")
     styled(fig, title, alt, "parameters", "predicted loss, nats a token").update_xaxes(type="log")
-    return fig.update_layout(height=560, title_y=.97, legend=dict(orientation="h", y=1.1, x=0), margin=dict(t=110, b=120))
+    return fig.update_layout(height=560, title_y=.97, showlegend=True, legend=dict(orientation="h", y=1.1, x=0), margin=dict(t=110, b=120))
 
 def law_rows(law:ScalingLaw=EPOCH)->list:
     "The table behind the law's figure: the best size at each budget, and the paper's place."
