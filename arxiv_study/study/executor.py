@@ -308,7 +308,7 @@ def prepare_all(configs:dict, # id -> RunConfig
 
 def _out(quiet:bool): return open(os.devnull, "w") if quiet else sys.stderr
 
-# %% ../../nbs/study/03_executor.ipynb #4901dfb1
+# %% ../../nbs/study/03_executor.ipynb #5ed0be80
 def chosen(settings:Settings, runs:dict, only, failed:bool, seeds:int|None)->list[tuple]: # (Run, RunConfig, Settings) in the order of the study
     "Runs and seeds that are asked for and not done."
     out = []
@@ -317,7 +317,7 @@ def chosen(settings:Settings, runs:dict, only, failed:bool, seeds:int|None)->lis
         for run in select(runs, only).values():
             if seeds is None and k >= n_seeds(run.id): continue
             state = read_status(run_folder(s.workspace, s.scale, run.id, s.seed))["state"]
-            if not failed or state == "failed": out.append((run, effective(run, s, runs), s))
+            if not failed or state in ("failed", "stopped"): out.append((run, effective(run, s, runs), s))
     return out
 
 def changes(settings:Settings, runs:dict, only=None)->list[dict]: # rows of run, name, base, here
@@ -369,7 +369,7 @@ def ending(folder:Path, run:Run, seed:int, seconds:float)->str:
     bits = (read_json(folder/"result.json")["heldout"] or {}).get("bits_per_byte")
     return f"{run.id} {status['outcome']}  {'–' if bits is None else format(bits, '.3f')} bits per byte  {duration(seconds)}  ({changed(run)})"
 
-# %% ../../nbs/study/03_executor.ipynb #f70a4358
+# %% ../../nbs/study/03_executor.ipynb #a00bc36d
 def _finish(settings, runs, shown, started, say, as_json)->pl.DataFrame:
     "The report, the table, and an error where a run failed."
     table = table_of_runs(load_results(settings.workspace, settings.scale, runs), shown)
@@ -377,8 +377,8 @@ def _finish(settings, runs, shown, started, say, as_json)->pl.DataFrame:
         from arxiv_study.study.report import write_report
         say(f"report: {write_report(settings.workspace, settings.scale, settings)}")
     show_table(table.drop("seeds").to_dicts(), f"{len(shown)} runs at scale {settings.scale}, {duration(time.monotonic()-started)}", as_json)
-    lost = [id for id, outcome in table.select("id", "outcome").iter_rows() if "failed" in outcome or "running" in outcome]
-    if lost: raise StudyError(f"{len(lost)} of {len(shown)} runs failed ({', '.join(lost)}); read why in the run's notebook under {settings.workspace/'runs'/settings.scale}, and repeat them with --failed")
+    lost = [id for id, outcome in table.select("id", "outcome").iter_rows() if {"failed", "running", "stopped"} & set(outcome.split())]
+    if lost: raise StudyError(f"{len(lost)} of {len(shown)} runs failed or were stopped ({', '.join(lost)}); read why in the run's notebook under {settings.workspace/'runs'/settings.scale}, and repeat them with --failed")
     return table
 
 def clear_leftovers(settings:Settings):
