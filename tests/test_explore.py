@@ -193,7 +193,7 @@ def test_on_the_site_a_sentence_stands_for_widgets_and_figures_stay(tmp_path):
     for name in NAMES: # what the index links to has to be there; the other pages need not be made
         if name != "plan": shutil.copy2(EXPLORE/f"{name}.ipynb", root/"nbs"/"explore")
     (root/"nbs"/"study").mkdir()
-    shutil.copy2(EXPLORE.parent/"study"/"10_widgets.ipynb", root/"nbs"/"study")
+    shutil.copy2(EXPLORE.parent/"study"/"14_widgets.ipynb", root/"nbs"/"study")
     built = test_site.build(root, "--only", "nbs/index.ipynb,nbs/explore/index.ipynb,plan")
     assert built.returncode == 0, built.stdout + built.stderr
     page = test_site.read(root/"_site", "explore/plan.html")
