@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ARXIV', 'WEEK_S', 'QUIET', 'DOUBT', 'PIECE', 'TEXT_PACKED', 'SKETCH', 'STAGES', 'SAMPLE', 'EVALUATED', 'QUANTILES',
-           'BINDS', 'Shape', 'shape_of', 'shape_by', 'Constants', 'line_through', 'constants_of', 'constants_from',
-           'Fleet', 'Troubles', 'Events', 'Disk', 'Station', 'play', 'Trained', 'train_through', 'expected_wall_s',
-           'young_s', 'daly_s', 'luck', 'fetching', 'core_s_per_byte', 'parts_bytes', 'working', 'Stage',
-           'shards_bytes', 'disk_marks', 'stations', 'tars_rows', 'flow_rows', 'train_row', 'priced', 'history',
-           'quantile', 'most_often', 'Rehearsal', 'rehearse', 'spans', 'timeline_title', 'timeline_figure',
-           'head_start_s', 'keeps_up', 'checkpoint_table', 'corpus_s', 'step_s', 'rehearsal_rows', 'in_brief']
+           'MOST_LOSSES', 'BINDS', 'Shape', 'shape_of', 'shape_by', 'Constants', 'line_through', 'constants_of',
+           'constants_from', 'Fleet', 'Troubles', 'Events', 'Disk', 'Station', 'play', 'Trained', 'train_through',
+           'expected_wall_s', 'young_s', 'daly_s', 'luck', 'fetching', 'core_s_per_byte', 'parts_bytes', 'working',
+           'Stage', 'shards_bytes', 'disk_marks', 'stations', 'tars_rows', 'flow_rows', 'train_row', 'priced',
+           'history', 'quantile', 'most_often', 'check_troubles', 'Rehearsal', 'rehearse', 'spans', 'timeline_title',
+           'timeline_figure', 'head_start_s', 'keeps_up', 'checkpoint_table', 'corpus_s', 'step_s', 'rehearsal_rows',
+           'in_brief']
 
 # %% ../../nbs/study/13_rehearsal.ipynb #74282588
 import heapq, itertools, math, random, statistics
@@ -464,7 +465,18 @@ def most_often(words:list[str])->str: # "disk", or "disk (83 %)"
     word = max(sorted(set(words)), key=words.count)
     return word if words.count(word) == len(words) else f"{word} ({words.count(word)/len(words):.0%})"
 
-# %% ../../nbs/study/13_rehearsal.ipynb #2cb4b6c3
+# %% ../../nbs/study/13_rehearsal.ipynb #9ad4f810
+MOST_LOSSES = 3. # mean losses during one job, or between two checkpoints
+
+def check_troubles(shape:Shape, constants:Constants, fleet:Fleet, troubles:Troubles):
+    "Errors: StudyError where failures leave no time for work"
+    one_tar = max(shape.tars)*core_s_per_byte(shape, constants) + storage_class(fleet.storage).seconds(max(shape.tars), 1)*fleet.nodes*fleet.cores + constants.warm_s
+    if one_tar*troubles.node_rate(fleet.nodes) > MOST_LOSSES: raise StudyError(f"a tar takes up to {one_tar:.0f} s and a node is lost every {1/troubles.node_rate(fleet.nodes):.0f} s: the corpus would never be done; lower --spot-per-h or --dead-per-week", code=2)
+    save_s = checkpoint_bytes(PRESETS["paper"], RECIPES["paper"])/1e6/storage_class(fleet.storage).mb_per_s*(1 + troubles.slow_share()*(1/troubles.slow_factor - 1))
+    stretch = max(troubles.checkpoint_every_s + save_s, troubles.restart_s)
+    if stretch/troubles.mtbf_s() > MOST_LOSSES: raise StudyError(f"training saves every {stretch/60:.0f} min and fails every {troubles.mtbf_s()/60:.0f}: it would never be done; lower --dead-per-week or --checkpoint-every-min", code=2)
+
+# %% ../../nbs/study/13_rehearsal.ipynb #39fa4594
 @dataclass(frozen=True)
 class Rehearsal:
     "Many histories of one run"
@@ -480,6 +492,7 @@ def rehearse(shape:Shape=ARXIV, constants:Constants=Constants(), fleet:Fleet=Fle
             )->Rehearsal: # errors: StudyError
     "Play a run many times"
     if histories < 2: raise StudyError("one history has no quantiles; ask for at least 2 with --histories", code=2)
+    check_troubles(shape, constants, fleet, troubles)
     return Rehearsal(shape, constants, fleet, troubles, tuple(tuple(history(shape, constants, fleet, troubles, seed*100_003 + k)) for k in bar(range(histories))))
 
 # %% ../../nbs/study/13_rehearsal.ipynb #f9d9cac1
