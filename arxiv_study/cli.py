@@ -335,7 +335,7 @@ def plan(call:Call, scale:Annotated[str, typer.Option(help="smoke, desk or paper
     changed = {k: v for k, v in given.items() if v is not None} | ({} if loss_chunk is None else dict(loss_chunk=loss_chunk or None))
     show_parts(make_plan(scale, gpus, gpu, mfu, vocab, Site(storage_mb_s, price=price), **changed), f"{scale} on {gpus} × {gpu}", call.json)
 
-# %% ../nbs/90_cli.ipynb #8ac69054
+# %% ../nbs/90_cli.ipynb #236f9c3e
 CREW, LUCK = "What is rented", "What goes wrong"
 
 @command
@@ -344,18 +344,20 @@ def rehearse(call:Call, scale:Annotated[str, typer.Option(help="paper: the other
              manifest:Annotated[Optional[Path], typer.Option(help="The real arXiv_src_manifest.xml; default: 9,547 tars of 500 MB.", metavar="FILE")]=None,
              nodes:Annotated[int, planned("Machines of the corpus stage.", CREW, min=1)]=1, cores:Annotated[int, planned("Cores of one.", CREW, min=1)]=16,
              storage:Annotated[str, planned("nvme, sata, network, object or disk.", CREW)]="sata", streams:Annotated[int, planned("Downloads at a time.", CREW, min=1)]=1,
+             in_region:Annotated[bool, planned("All machines stand beside the bucket, where transfer is free.", CREW)]=False,
              gpus:Annotated[int, planned("How many devices.", CREW, min=1)]=2, gpu:Annotated[str, planned("a100-80gb, a100-40gb or h100-80gb.", CREW)]="a100-80gb",
              usd_core_h:Annotated[Optional[float], planned("Of a core for an hour.", CREW, min=0)]=None, usd_gpu_h:Annotated[Optional[float], planned("Of a GPU for an hour.", CREW, min=0)]=None,
              spot_per_h:Annotated[float, planned("Share of the corpus stage's machines that are taken away in an hour.", LUCK, min=0)]=.01,
              dead_per_week:Annotated[float, planned("Machines that die.", LUCK, min=0)]=1., slow_per_week:Annotated[float, planned("Times that the disk is slow for six hours.", LUCK, min=0)]=1.,
+             checkpoint_every_min:Annotated[float, planned("Minutes of training that can be lost.", LUCK, min=1)]=60.,
              histories:Annotated[int, typer.Option(min=2, help="How often the run is played.")]=50, seed:Optional[int]=None,
              html:Annotated[Optional[Path], typer.Option(help="Write the timeline here.")]=None):
     "The full run, played event by event: hours, disk, cost, what binds, and what failures cost."
     from arxiv_study.study import rehearsal as play
     from arxiv_study.progress import track
     if scale != "paper": raise StudyError(f"--scale {scale} is not rehearsed, only paper is; run it instead: arxiv-study study --scale {scale}", code=2)
-    fleet = play.Fleet(nodes, cores, storage, streams, gpus=gpus, gpu=gpu, usd_core_h=usd_core_h, usd_gpu_h=usd_gpu_h)
-    troubles = play.Troubles(spot_per_h=spot_per_h, dead_per_week=dead_per_week, slow_per_week=slow_per_week)
+    fleet = play.Fleet(nodes, cores, storage, streams, gpus=gpus, gpu=gpu, usd_core_h=usd_core_h, usd_gpu_h=usd_gpu_h, in_region=in_region)
+    troubles = play.Troubles(spot_per_h=spot_per_h, dead_per_week=dead_per_week, slow_per_week=slow_per_week, checkpoint_every_s=60*checkpoint_every_min)
     done = play.rehearse(play.shape_by(manifest) if manifest else play.ARXIV, play.constants_from(corpus) if corpus else play.Constants(), fleet, troubles, histories, call.settings.seed,
                          lambda seeds: seeds if call.quiet else track(seeds, "histories"))
     if html:
