@@ -78,6 +78,26 @@ def test_a_lost_node_takes_its_own_jobs_along_and_no_others():
     assert sorted(station.idle) == sorted(set(station.idle)), "a worker is free twice"
 
 
+def test_a_lost_node_comes_back_empty_and_cold():
+    "Two nodes of two workers and one job: what is idle on a lost node is not handed any, and who comes back must load its tables again"
+    cold, events = [], r.Events()
+    station = Station("a", 2, 2, lambda job, now_s, is_cold: cold.append(is_cold) or now_s + 1)
+    station.line.append("job")
+    station.hand_out(0., events, 0)
+    station.lose(.5, 0)
+    assert list(station.line) == ["job"] and set(station.idle) == {2, 3} and (station.busy_s, station.lost_s, station.losses) == (.5, .5, 1)
+    station.give_back(0)
+    assert sorted(station.idle) == [0, 1, 2, 3]
+    station.line.extend("abc")
+    station.hand_out(1., events, 0)
+    assert cold == [True]*5, "the worker of the first job has a new machine, and the others have not worked yet"
+    for at_s, _, (_, worker, turn) in (events.take() for _ in range(5)): station.finish(at_s, worker, turn)
+    assert sorted(job for _, job in station.done) == ["a", "b", "c", "job"], "the first report of the lost worker counts for nothing"
+    station.line.append("d")
+    station.hand_out(3., events, 0)
+    assert cold[-1] is False
+
+
 def test_a_disk_serves_one_at_a_time():
     disk, rng = Disk(StorageClass(50)), random.Random(0)
     sizes = [rng.randrange(1, 10**8) for _ in range(100)]
@@ -129,6 +149,12 @@ def test_the_overhead_of_the_best_interval_is_youngs():
     every = young_s(save, mtbf)
     walls = [train_through(40*86_400, every, save, 0., mtbf, random.Random(k)).wall_s for k in range(1500)]
     assert statistics.fmean(walls)/(40*86_400) - 1 == pytest.approx(math.sqrt(2*save/mtbf), rel=.05)
+
+
+def test_intervals_that_failures_never_let_end_are_left_out():
+    table = r.checkpoint_table(Fleet(), Troubles(dead_per_week=100), histories=3)
+    assert [row["every_min"] for row in table][:4] == [5, 15, 60, 240] and table[4]["note"] == "best after Young"
+    assert [row["note"] for row in r.checkpoint_table(Fleet(), QUIET, histories=2)] == [""]*5
 
 
 def test_one_seed_one_result():
@@ -218,7 +244,8 @@ def test_the_command(tmp_path):
     assert "waits for" in (tmp_path/"t.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("arguments, word", [(["--scale", "desk"], "paper"), (["--storage", "floppy"], "nvme"), (["--gpu", "abacus"], "a100-80gb"), (["--corpus", "/nowhere"], "manifest.json"), (["--manifest", "/nowhere.xml"], "nowhere.xml")])
+@pytest.mark.parametrize("arguments, word", [(["--scale", "desk"], "paper"), (["--storage", "floppy"], "nvme"), (["--gpu", "abacus"], "a100-80gb"), (["--corpus", "/nowhere"], "manifest.json"), (["--manifest", "/nowhere.xml"], "nowhere.xml"),
+                                             (["--dead-per-week", "100000"], "--dead-per-week"), (["--spot-per-h", "100000"], "--spot-per-h"), (["--dead-per-week", "300", "--checkpoint-every-min", "300"], "--checkpoint-every-min")])
 def test_wrong_arguments_get_one_sentence(arguments, word):
     answer = subprocess.run([*CLI, "rehearse", *arguments], capture_output=True, text=True, timeout=100)
     assert answer.returncode in (1, 2) and answer.stderr.startswith("arxiv-study: ") and answer.stderr.count("\n") == 1 and word in answer.stderr, answer.stderr

@@ -588,7 +588,7 @@ def keeps_up(shape:Shape, constants:Constants, fleet:Fleet, troubles:Troubles, g
         return dict(gpus=n, wanted_tokens_s=round(rate), delivered_tokens_s=round(delivered), **_spread("head_start_h", heads), keeps_up="yes" if rate <= delivered else "no")
     return [row(n) for n in gpus]
 
-# %% ../../nbs/study/13_rehearsal.ipynb #fab3bc6e
+# %% ../../nbs/study/13_rehearsal.ipynb #6e8fc309
 def checkpoint_table(fleet:Fleet, troubles:Troubles, intervals_s:tuple=(300, 900, 3600, 4*3600, 24*3600), histories:int=200, seed:int=0)->list[dict]:
     "What intervals cost, played and after Daly, and the best one"
     rate = tokens_per_s(PRESETS["paper"], RECIPES["paper"], fleet.gpus, DEVICES[fleet.gpu], statistics.fmean(fleet.mfu))
@@ -597,8 +597,9 @@ def checkpoint_table(fleet:Fleet, troubles:Troubles, intervals_s:tuple=(300, 900
     def row(every:float, note:str="")->dict:
         walls = [train_through(work, every, save, troubles.restart_s, mtbf, random.Random(seed*100_003 + k)).wall_s for k in range(histories)]
         return dict(every_min=round(every/60, 1), played_days=round(statistics.fmean(walls)/86_400, 3), by_formula_days=round(expected_wall_s(work, every, save, troubles.restart_s, mtbf)/86_400, 3), note=note)
-    if not math.isfinite(mtbf): return [row(s) for s in intervals_s]
-    return [row(s) for s in intervals_s] + [row(young_s(save, mtbf), "best after Young"), row(daly_s(save, mtbf), "best after Daly")]
+    ends = [row(s) for s in intervals_s if (s + save)/mtbf <= MOST_LOSSES] # the others never would
+    if not math.isfinite(mtbf): return ends
+    return ends + [row(young_s(save, mtbf), "best after Young"), row(daly_s(save, mtbf), "best after Daly")]
 
 # %% ../../nbs/study/13_rehearsal.ipynb #3a8a6b2e
 def corpus_s(shape:Shape, constants:Constants, n_workers:int, storage:StorageClass=StorageClass(math.inf))->float: # inf: the tars lie in memory
