@@ -151,6 +151,22 @@ def test_the_overhead_of_the_best_interval_is_youngs():
     assert statistics.fmean(walls)/(40*86_400) - 1 == pytest.approx(math.sqrt(2*save/mtbf), rel=.05)
 
 
+def test_rows_have_numpys_quantiles():
+    done = rehearse(SMALL, histories=9)
+    took = np.array([[(s.end_s - s.begin_s)/3600 for s in h] for h in done.histories])
+    for row, values in zip(done.rows(), took.T): assert [row["hours_low"], row["hours"], row["hours_high"]] == pytest.approx(np.quantile(values, (.05, .5, .95)), abs=.0051)
+    ends = [h[-1].end_s/3600 for h in done.histories]
+    assert done.rows()[-1]["hours"] == pytest.approx(np.median(ends), abs=.0051)
+
+
+@pytest.mark.parametrize("n, workers, start", [(8, 1, 0), (8, 2, 2), (9, 2, 2), (3, 4, 2)])
+def test_a_corpus_takes_its_rounds_and_each_worker_its_tables(n, workers, start):
+    "Equal tars: rounds of one tar, tables and processes once, what is done once, and what goes by the paper"
+    constants = Constants(record_s=1e-3, core_s_per_raw_mb=.1, core_s_per_tex_mb=.5, warm_s=1.5, start_s=2., assembly_s_per_paper=1e-2, assembly_s_per_text_mb=0., once_s=.25)
+    shape = Shape((10_000_000,)*n, 4e6*n, 3e6*n, 100*n, 200*n)
+    assert r.corpus_s(shape, constants, workers) == pytest.approx(.25 + .2*n + n + 1.5 + start + math.ceil(n/workers)*(10*.1 + 4*.5))
+
+
 def test_intervals_that_failures_never_let_end_are_left_out():
     table = r.checkpoint_table(Fleet(), Troubles(dead_per_week=100), histories=3)
     assert [row["every_min"] for row in table][:4] == [5, 15, 60, 240] and table[4]["note"] == "best after Young"
