@@ -2471,6 +2471,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'arxiv_study/study/rehearsal.py'),
                                              'arxiv_study.study.rehearsal._worker_times': ( 'study/rehearsal.html#_worker_times',
                                                                                             'arxiv_study/study/rehearsal.py'),
+                                             'arxiv_study.study.rehearsal.check_troubles': ( 'study/rehearsal.html#check_troubles',
+                                                                                             'arxiv_study/study/rehearsal.py'),
                                              'arxiv_study.study.rehearsal.checkpoint_table': ( 'study/rehearsal.html#checkpoint_table',
                                                                                                'arxiv_study/study/rehearsal.py'),
                                              'arxiv_study.study.rehearsal.constants_from': ( 'study/rehearsal.html#constants_from',
