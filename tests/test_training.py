@@ -106,6 +106,33 @@ code = t.main()"""))
     assert started[1].returncode == 0 and read_json(folder / "status.json")["state"] == "stopped"
 
 
+def test_a_rank_that_leaves_without_a_word_does_not_leave_the_others_waiting(data, tmp_path, monkeypatch):
+    "It ends with code 0 before the ranks have met, so that no collective and no exit code tells"
+    config, folder = asked(data, tmp_path / "run", steps=8), tmp_path / "run"
+    started = with_script(monkeypatch, WAITING.format(act="pass").replace("code = t.main()", "if rank == '1': os._exit(0)\ncode = t.main()"))
+    begun = time.monotonic()
+    with pytest.raises(StudyError, match="rank 1 ended before the run did: see rank-1.log, then launch again with resume"): launch(config, folder, ranks=2)
+    assert time.monotonic() - begun < 60 and all(p.poll() is not None for p in started) and read_json(folder / "status.json")["state"] == "failed"
+
+
+def test_a_slow_rank_does_not_unsay_that_another_was_stopped(data, tmp_path, monkeypatch):
+    "Rank 1 is stopped before rank 0 has come to prepare the folder"
+    config, folder = asked(data, tmp_path / "run", steps=8), tmp_path / "run"
+    late = WAITING.format(act="pass").replace("code = t.main()", """
+made_folder, made_join = t.prepare_folder, t.join_ranks
+def prepare(*args):
+    time.sleep(2)
+    made_folder(*args)
+def join(*args):
+    if rank == "1": os.kill(os.getpid(), 15)
+    return made_join(*args)
+t.prepare_folder, t.join_ranks = prepare, join
+code = t.main()""")
+    with_script(monkeypatch, late)
+    with pytest.raises(StudyError, match="stopped: interrupted by SIGTERM: launch it again with resume"): launch(config, folder, ranks=2, poll_s=6)  # looks when rank 0 has done so
+    assert read_json(folder / "status.json")["state"] == "stopped"
+
+
 def with_script(monkeypatch, script):
     "Ranks that run a script with the arguments of the trainer; their processes"
     started = []
