@@ -1700,6 +1700,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'arxiv_study.model.launch.interrupted': ( 'model/launch.html#interrupted',
                                                                                     'arxiv_study/model/launch.py'),
                                           'arxiv_study.model.launch.launch': ('model/launch.html#launch', 'arxiv_study/model/launch.py'),
+                                          'arxiv_study.model.launch.left_early': ( 'model/launch.html#left_early',
+                                                                                   'arxiv_study/model/launch.py'),
                                           'arxiv_study.model.launch.outcome': ('model/launch.html#outcome', 'arxiv_study/model/launch.py'),
                                           'arxiv_study.model.launch.rank_environment': ( 'model/launch.html#rank_environment',
                                                                                          'arxiv_study/model/launch.py'),
