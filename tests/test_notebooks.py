@@ -1,5 +1,5 @@
 """Notebooks as they are committed: no outputs, no execution counts, and the tags that papermill needs."""
-import json, subprocess, sys
+import json, re, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -27,3 +27,11 @@ def test_cleaning_keeps_the_tag(tmp_path):
     copy.write_text((ROOT/"runs"/"run.ipynb").read_text())
     subprocess.run([Path(sys.executable).with_name("nbdev-clean"), "--fname", str(copy)], cwd=tmp_path, check=True)
     assert any("parameters" in c["metadata"].get("tags", []) for c in code_cells(copy))
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_to_files(path):
+    "A chapter links to notebooks and files, which the site turns into pages; it has none of its own before it is built."
+    words = "".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+    targets = [t for t in re.findall(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)", words) if "://" not in t]
+    lost = [t for t in targets if not (path.parent/t).exists()]
+    assert not lost, f"{lost} do not exist: link to the notebook or file"
