@@ -535,7 +535,7 @@ def environment() -> dict:
     return dict(python=platform.python_version(), system=platform.platform(), cores=len(os.sched_getaffinity(0)), threads=torch.get_num_threads(),
                 ranks=int(os.environ.get("WORLD_SIZE", 1)), accelerator="cuda" if torch.cuda.is_available() else "cpu", memory_gib=round(psutil.virtual_memory().total / 2**30, 1), versions=versions)
 
-# %% ../../nbs/model/11_train.ipynb #d871735a
+# %% ../../nbs/model/11_train.ipynb #423cda1d
 OUTPUTS = ("metrics.jsonl", "result.json", "environment.json", "model.json", "model.safetensors", "checkpoints", "tensorboard")
 
 def prepare_folder(config: RunConfig, out: Path, resume: bool):
@@ -546,7 +546,8 @@ def prepare_folder(config: RunConfig, out: Path, resume: bool):
     else:
         for name in OUTPUTS: shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
     write_json(out / "config.json", asked)
-    if "LAUNCHER_PID" not in os.environ: write_json(out / "status.json", dict(state="running", outcome=None, reason=None, pid=os.getpid()))
+    said = "LAUNCHER_PID" in os.environ and (out / "status.json").is_file()  # by the launcher; and by now perhaps by a rank, how it ended
+    if not said: write_json(out / "status.json", dict(state="running", outcome=None, reason=None, pid=os.getpid()))
     write_json(out / "environment.json", environment())
 
 # %% ../../nbs/model/11_train.ipynb #51b28d73
