@@ -75,9 +75,10 @@ def one_of(
     "Choices as an error names them"
     return f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
 
-# %% ../../nbs/model/00_configuration.ipynb #317bfb6e
+# %% ../../nbs/model/00_configuration.ipynb #97533284
 CHOICES = {"schedule": ("wsd", "cosine", "linear"), "precision": ("fp32", "bf16", "fp16"), "activation_checkpointing": ("none", "selective", "full"), "zero_stage": (0, 1, 2, 3)}
 
+# %% ../../nbs/model/00_configuration.ipynb #35f17480
 @dataclass(frozen=True)
 class TrainingConfig:
     "How a model is trained: budget, optimiser, schedule, memory and cadence"
