@@ -188,7 +188,7 @@ def _noted_writes(engine):
     with mock.patch.object(engine.checkpoint_engine, "save", noting), mock.patch.object(engine, "_copy_recovery_script", lambda folder: None): yield
     if failed: raise StudyError(_first_line(failed[0]))
 
-# %% ../../nbs/model/08_checkpoints.ipynb #616401bd
+# %% ../../nbs/model/08_checkpoints.ipynb #c68a892b
 def save_checkpoint(
     engine,
     folder: Path,  # checkpoints/
@@ -214,7 +214,7 @@ def save_checkpoint(
         raise
     return folder / name
 
-
+# %% ../../nbs/model/08_checkpoints.ipynb #44344a5f
 def _begin(engine, part: Path) -> int:  # number of the checkpoint
     "An empty temporary folder on a disk with room for as much as last time"
     shutil.rmtree(part, ignore_errors=True)
@@ -380,7 +380,7 @@ def load_checkpoint(
     if found is None: raise StudyError(f"{path} was not accepted by DeepSpeed: resume with the ZeRO stage it was written with")
     return manifest["state"]
 
-# %% ../../nbs/model/08_checkpoints.ipynb #0b4f372c
+# %% ../../nbs/model/08_checkpoints.ipynb #dffb6626
 MAY_CHANGE = {
     "training.checkpoint_every": "when the run is saved",
     "training.keep_checkpoints": "how many of those stay",
@@ -396,13 +396,14 @@ MAY_CHANGE = {
     "corpus_dir": "where the text is; the same",
     "eval.corpus_dir": "where the held-out text is; the same"}
 
+# %% ../../nbs/model/08_checkpoints.ipynb #310320ed
 def flat(values: dict, above: str = "") -> dict:
     "Nested mappings as one, names joined by dots"
     found = {}
     for name, value in values.items(): found.update(flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value})
     return found
 
-
+# %% ../../nbs/model/08_checkpoints.ipynb #1c22eeef
 def differences(
     before: dict,  # a configuration, or what else a run is known by
     asked: dict,
