@@ -14,13 +14,14 @@ EXTRAS ?= dev,docs,baselines
 # make study ARXIV=DIR SCALE=desk WORKSPACE=DIR ARGS="--only R01,R02"
 STUDY = $(if $(ARXIV),--arxiv "$(ARXIV)") $(if $(SCALE),--scale "$(SCALE)") $(if $(WORKSPACE),--workspace "$(WORKSPACE)") $(ARGS)
 
-.PHONY: help install study test test-slow docs lab hooks clean clean-notebooks
+.PHONY: help install study test test-slow test-pages docs lab hooks clean clean-notebooks
 
 help:
 	@echo "make study   arXiv sources in, a finished study out (ARXIV=DIR SCALE=smoke|desk WORKSPACE=DIR ARGS=...)"
 	@echo "make test    nbdev-test and pytest"
 	@echo "make test-slow   the campaigns: kills, mutated archives, memory"
 	@echo "make docs    the site, in $(SITE)/"
+	@echo "make test-pages   each page of the built site in Chromium"
 	@echo "make lab     JupyterLab on nbs/"
 	@echo "make hooks   git refuses commits with outputs or a stale export"
 	@echo "make clean-notebooks   clears outputs, as notebooks are committed"
@@ -47,6 +48,9 @@ test-slow: install
 
 docs: install
 	$(BIN)/python docs/build.py --out $(SITE)
+
+test-pages: install
+	SITE="$(SITE)" $(BIN)/python -m pytest tests/test_pages.py
 
 lab: install
 	$(BIN)/arxiv-study lab

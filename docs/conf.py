@@ -39,5 +39,6 @@ mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent/"static"/"math
 html_static_path = ["_static", str(mathjax), str(Path(plotly.__file__).parent/"package_data"/"plotly.min.js")]
 mathjax_path = mathjax.name
 mathjax3_config = {"options": {"enableMenu": False}, "svg": {"fontCache": "local"}}
+html_context = {"default_mode": "auto"}  # unsaid, the theme complains in the console of every first visit
 html_css_files = ["site.css"]
 html_js_files = [("site.js", {"defer": "defer"})]

@@ -2,7 +2,7 @@
 import json, os, re, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
-from chromium import Chromium
+from playwright.sync_api import Page
 
 SETTINGS = {"@jupyterlab/notebook-extension/tracker": {"windowingMode": "none", "autoRenderMarkdownCells": True}, # every cell is in the page
             "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}}
@@ -46,14 +46,14 @@ class Lab:
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()
 
-    def open(self, browser:Chromium, name:str, seconds:float=120):
+    def open(self, page:Page, name:str, seconds:float=120):
         "Open a notebook and wait until its kernel is ready."
-        browser.open(f"{self.url}/lab/tree/{name}?reset")
-        browser.wait_for(f"window.jupyterapp && {NOTEBOOK}?.content?.model?.cells?.length > 2 && {NOTEBOOK}.context.path === {name!r}", seconds)
-        browser.wait_for(f"{NOTEBOOK}.sessionContext.session?.kernel?.status === 'idle'", seconds)
+        page.goto(f"{self.url}/lab/tree/{name}?reset")
+        page.wait_for_function(f"window.jupyterapp && {NOTEBOOK}?.content?.model?.cells?.length > 2 && {NOTEBOOK}.context.path === {name!r}", timeout=1000*seconds)
+        page.wait_for_function(f"{NOTEBOOK}.sessionContext.session?.kernel?.status === 'idle'", timeout=1000*seconds)
 
-    def run_all(self, browser:Chromium, seconds:float=240)->list[str]: # the sentences of errors
+    def run_all(self, page:Page, seconds:float=240)->list[str]: # the sentences of errors
         "Run every cell, and wait for the last."
-        browser.run("window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ranAll = true }), 1")
-        browser.wait_for(f"window.ranAll && {CELLS}.every(c => c.model.executionCount || !c.model.sharedModel.source.trim())", seconds)
-        return browser.run(f"{CELLS}.flatMap(c => c.model.outputs.toJSON()).filter(o => o.output_type === 'error').map(o => `${{o.ename}}: ${{o.evalue}}`)")
+        page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ranAll = true }), 1")
+        page.wait_for_function(f"window.ranAll && {CELLS}.every(c => c.model.executionCount || !c.model.sharedModel.source.trim())", timeout=1000*seconds)
+        return page.evaluate(f"{CELLS}.flatMap(c => c.model.outputs.toJSON()).filter(o => o.output_type === 'error').map(o => `${{o.ename}}: ${{o.evalue}}`)")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from chromium import Chromium, find_chromium
+from chromium import chromium, find_chromium, watched_page
 from lab import CELLS, NOTEBOOK, Lab
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
@@ -114,8 +114,8 @@ def lab(tmp_path_factory):
     with Lab(folder, tmp_path_factory.mktemp("log")/"lab.log") as found: yield found
 
 @pytest.fixture(scope="module")
-def browser():
-    with Chromium(1300, 1000) as b: yield b
+def page():
+    with chromium() as b: yield watched_page(b, 1300, 1000)
 
 @pytest.fixture(scope="module")
 def shots(tmp_path_factory)->Path:
@@ -147,42 +147,42 @@ OPERATED = { # what is done, and what must then be seen that was not there befor
 @pytest.mark.skipif(not find_chromium(), reason="no Chromium on this machine")
 class TestInJupyterLab:
     @pytest.mark.parametrize("name", NAMES)
-    def test_all_cells_run_and_a_widget_has_its_effect(self, name, lab, browser, shots):
-        browser.complaints.clear(), browser.requests.clear()
-        lab.open(browser, f"{name}.ipynb")
-        assert lab.run_all(browser) == []
+    def test_all_cells_run_and_a_widget_has_its_effect(self, name, lab, page, shots):
+        page.watch.clear()
+        lab.open(page, f"{name}.ipynb")
+        assert lab.run_all(page) == []
         do, seen = OPERATED[name]
-        browser.wait_for("document.querySelectorAll('.jp-OutputArea .jupyter-widgets').length")
-        assert not browser.run(f"!!({seen})"), "seen before anything was done"
-        self.shoot(browser, shots/f"{name}-before.png")
-        browser.run(f"{do}, 1" if ";" not in do else f"(() => {{ {do}; return 1 }})()")
-        browser.wait_for(seen, 90)
-        self.shoot(browser, shots/f"{name}-after.png")
-        if name == "watch": self.hover_and_train(browser, shots)
-        assert [c for c in browser.complaints if not re.search("ERR_ABORTED|beforeunload", c)] == [] # a page that is left gives up its requests, and may not ask whether to save
-        assert [r for r in browser.requests if r.startswith("http") and not r.startswith(lab.url)] == []
-        browser.run("window.jupyterapp.serviceManager.sessions.shutdownAll().then(() => 1)")
+        page.wait_for_function("document.querySelectorAll('.jp-OutputArea .jupyter-widgets').length")
+        assert not page.evaluate(f"!!({seen})"), "seen before anything was done"
+        self.shoot(page, shots/f"{name}-before.png")
+        page.evaluate(f"{do}, 1" if ";" not in do else f"(() => {{ {do}; return 1 }})()")
+        page.wait_for_function(seen, timeout=90_000)
+        self.shoot(page, shots/f"{name}-after.png")
+        if name == "watch": self.hover_and_train(page, shots)
+        assert [c for c in page.watch.complaints if not re.search("ERR_ABORTED|beforeunload", c)] == [] # a page that is left gives up its requests, and may not ask whether to save
+        assert [r for r in page.watch.requests if r.startswith("http") and not r.startswith(lab.url)] == []
+        page.evaluate("window.jupyterapp.serviceManager.sessions.shutdownAll().then(() => 1)")
 
-    def shoot(self, browser, path:Path):
+    def shoot(self, page, path:Path):
         "The first widgets and what is below them."
-        browser.run("document.querySelector('.jp-OutputArea .jupyter-widgets').scrollIntoView({block: 'start'}), 1")
-        browser.run("new Promise(done => setTimeout(done, 1500))")
-        browser.screenshot(path)
+        page.evaluate("document.querySelector('.jp-OutputArea .jupyter-widgets').scrollIntoView({block: 'start'}), 1")
+        page.evaluate("new Promise(done => setTimeout(done, 1500))")
+        page.screenshot(path=path)
 
-    def hover_and_train(self, browser, shots):
+    def hover_and_train(self, page, shots):
         "Values are shown under the pointer; a run is started, followed and stopped."
-        browser.run("document.querySelector('.js-plotly-plot').scrollIntoView({block: 'center'}), 1")
-        browser.run("new Promise(done => setTimeout(done, 1000))")
-        x, y = browser.run("(r => [r.x + r.width/2, r.y + r.height/2])(document.querySelector('.js-plotly-plot .nsewdrag').getBoundingClientRect())")
-        for dx in (0, 3): browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + dx, y=y)
-        browser.wait_for("document.querySelectorAll('.js-plotly-plot .hoverlayer text').length")
-        browser.run(f"{click('start a run')}, 1")
-        browser.wait_for("[...document.querySelectorAll('.legendtext')].some(t => t.textContent === 'live-2')", 120) # it has steps, and was drawn
-        self.shoot(browser, shots/"watch-live.png")
+        page.evaluate("document.querySelector('.js-plotly-plot').scrollIntoView({block: 'center'}), 1")
+        page.evaluate("new Promise(done => setTimeout(done, 1000))")
+        x, y = page.evaluate("(r => [r.x + r.width/2, r.y + r.height/2])(document.querySelector('.js-plotly-plot .nsewdrag').getBoundingClientRect())")
+        for dx in (0, 3): page.mouse.move(x + dx, y)
+        page.wait_for_function("document.querySelectorAll('.js-plotly-plot .hoverlayer text').length")
+        page.evaluate(f"{click('start a run')}, 1")
+        page.wait_for_function("[...document.querySelectorAll('.legendtext')].some(t => t.textContent === 'live-2')", timeout=120_000) # it has steps, and was drawn
+        self.shoot(page, shots/"watch-live.png")
         stop = "[...document.querySelectorAll('.jp-OutputArea button')].filter(b => b.textContent.trim() === 'stop').pop()"
-        browser.run(f"{stop}.click(), 1")
-        browser.wait_for(f"{stop}.disabled", 120)
-        browser.wait_for("[...document.querySelectorAll('.widget-label')].some(l => l.textContent === 'stopped')", 20)
+        page.evaluate(f"{stop}.click(), 1")
+        page.wait_for_function(f"{stop}.disabled", timeout=120_000)
+        page.wait_for_function("[...document.querySelectorAll('.widget-label')].some(l => l.textContent === 'stopped')", timeout=20_000)
 
 
 def test_on_the_site_a_sentence_stands_for_widgets_and_figures_stay(tmp_path):

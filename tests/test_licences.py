@@ -21,12 +21,13 @@ def pinned():
 
 
 def statements(found: Distribution):
-    "What a distribution says of its licence: the SPDX expression alone where it has one, since it is the newest and most exact"
+    "What a distribution says of its licence: the SPDX expression alone where it has one, since it is the newest and most exact; where it only encloses the text, its first line"
     said = found.metadata
     if said.get("License-Expression"): return [said["License-Expression"]]
     classifiers = [c.split(" :: ")[-1] for c in said.get_all("Classifier") or [] if c.startswith("License")]
     free_text = (said.get("License") or "").strip()
-    return classifiers + [free_text[:400]] * (free_text not in ("", "UNKNOWN"))
+    stated = classifiers + [free_text[:400]] * (free_text not in ("", "UNKNOWN"))
+    return stated or [text.strip().splitlines()[0] for name in said.get_all("License-File") or [] if (text := found.read_text(f"licenses/{name}"))]
 
 
 def complaint(name, said):

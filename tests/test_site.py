@@ -8,7 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from chromium import Chromium, find_chromium
+from chromium import chromium, find_chromium, watched_page
 
 REPO = Path(__file__).parents[1]
 in_chromium = [pytest.mark.browser, pytest.mark.skipif(not find_chromium(), reason="no Chromium on this machine")]
@@ -115,67 +115,67 @@ def test_a_page_that_is_wrong_is_refused(tmp_path, cells, complaint):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    "One Chromium for all tests of this module."
-    with Chromium() as b: yield b
+def page():
+    "One page of Chromium for all tests of this module."
+    with chromium() as b: yield watched_page(b)
 
-def show(browser, site:Path, page:str):
-    browser.requests.clear(), browser.complaints.clear()
-    page, _, query = page.partition("?")
-    browser.open((site/page).as_uri() + (f"?{query}" if query else ""))
+def show(page, site:Path, name:str):
+    page.watch.clear()
+    name, _, query = name.partition("?")
+    page.goto((site/name).as_uri() + (f"?{query}" if query else ""))
 
 class TestInChromium:
     pytestmark = in_chromium
 
-    def test_pages_ask_nobody_for_anything_and_complain_about_nothing(self, browser, site):
-        for page in ("index.html", "corpus/index.html", "corpus/ledger.html", "corpus/reasons.html", "corpus/showcase.html", "foundation.html"):
-            show(browser, site, page)
-            if page == "corpus/showcase.html": browser.wait_for("document.documentElement.dataset.figures === 'drawn'")
-            assert [r for r in browser.requests if not r.startswith(("file:", "data:", "blob:"))] == []
-            assert browser.complaints == [], page
+    def test_pages_ask_nobody_for_anything_and_complain_about_nothing(self, page, site):
+        for name in ("index.html", "corpus/index.html", "corpus/ledger.html", "corpus/reasons.html", "corpus/showcase.html", "foundation.html"):
+            show(page, site, name)
+            if name == "corpus/showcase.html": page.wait_for_function("document.documentElement.dataset.figures === 'drawn'")
+            assert page.watch.asked_of_others() == []
+            assert page.watch.complaints == [], name
 
-    def test_plotly_comes_only_where_there_is_a_figure(self, browser, site):
-        show(browser, site, "corpus/ledger.html")
-        assert not any("plotly" in r for r in browser.requests)
-        show(browser, site, "corpus/showcase.html")
-        browser.wait_for("document.documentElement.dataset.figures === 'drawn'")
-        assert sum("plotly" in r for r in browser.requests) == 1
+    def test_plotly_comes_only_where_there_is_a_figure(self, page, site):
+        show(page, site, "corpus/ledger.html")
+        assert not any("plotly" in r for r in page.watch.requests)
+        show(page, site, "corpus/showcase.html")
+        page.wait_for_function("document.documentElement.dataset.figures === 'drawn'")
+        assert sum("plotly" in r for r in page.watch.requests) == 1
 
-    def test_a_figure_speaks_follows_the_theme_and_shows_its_table(self, browser, site):
-        show(browser, site, "corpus/showcase.html")
-        browser.wait_for("document.documentElement.dataset.figures === 'drawn'")
-        assert browser.run("document.querySelector('figure.plot').getAttribute('aria-label')").startswith("Bits per byte fall")
+    def test_a_figure_speaks_follows_the_theme_and_shows_its_table(self, page, site):
+        show(page, site, "corpus/showcase.html")
+        page.wait_for_function("document.documentElement.dataset.figures === 'drawn'")
+        assert page.evaluate("document.querySelector('figure.plot').getAttribute('aria-label')").startswith("Bits per byte fall")
         stroke = "getComputedStyle(document.querySelector('figure.plot .js-line')).stroke"
-        assert browser.run("document.querySelectorAll('figure.plot [data-title*=Share], figure.plot .plotlyjsicon').length") == 0
+        assert page.evaluate("document.querySelectorAll('figure.plot [data-title*=Share], figure.plot .plotlyjsicon').length") == 0
         ink = {}
         for theme in ("light", "dark"):
-            browser.run(f"document.documentElement.dataset.theme = '{theme}'")
-            browser.wait_for(f"{stroke} === getComputedStyle(document.body).color")
-            ink[theme] = browser.run(stroke)
+            page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
+            page.wait_for_function(f"{stroke} === getComputedStyle(document.body).color")
+            ink[theme] = page.evaluate(stroke)
         assert ink["light"] != ink["dark"]
-        browser.run("document.querySelector('figure.plot summary').click()")
-        browser.wait_for("document.querySelector('figure.plot table')")
-        rows = browser.run("[...document.querySelectorAll('figure.plot table tr')].map(r => [...r.cells].map(c => c.textContent))")
+        page.evaluate("document.querySelector('figure.plot summary').click()")
+        page.wait_for_function("document.querySelector('figure.plot table')")
+        rows = page.evaluate("[...document.querySelectorAll('figure.plot table tr')].map(r => [...r.cells].map(c => c.textContent))")
         assert rows == [["parameters (millions)", "bits per byte"], ["1", "2.5000"], ["2", "2.2000"], ["4", "2"]]
 
-    def test_mathematics_is_typeset_in_prose_and_left_alone_in_output(self, browser, site):
-        show(browser, site, "corpus/showcase.html")
-        browser.wait_for("document.querySelectorAll('mjx-container svg').length === 1")
-        assert r"\begin{equation} $x$ \end{equation} </script>" in browser.run("document.querySelector('.cell_output pre').innerText")
+    def test_mathematics_is_typeset_in_prose_and_left_alone_in_output(self, page, site):
+        show(page, site, "corpus/showcase.html")
+        page.wait_for_function("document.querySelectorAll('mjx-container svg').length === 1")
+        assert r"\begin{equation} $x$ \end{equation} </script>" in page.evaluate("document.querySelector('.cell_output pre').innerText")
 
-    def test_search_works_without_a_server(self, browser, site):
-        show(browser, site, "search.html?q=conservation")
-        browser.wait_for("document.querySelectorAll('#search-results li a').length > 0")
-        assert browser.run("[...document.querySelectorAll('#search-results li a')].some(a => a.href.includes('corpus/ledger.html'))")
+    def test_search_works_without_a_server(self, page, site):
+        show(page, site, "search.html?q=conservation")
+        page.wait_for_function("document.querySelectorAll('#search-results li a').length > 0")
+        assert page.evaluate("[...document.querySelectorAll('#search-results li a')].some(a => a.href.includes('corpus/ledger.html'))")
 
-    def test_the_sidebar_lists_rooms_and_the_next_page_is_one_click_away(self, browser, site):
-        show(browser, site, "corpus/ledger.html")
-        assert browser.run("[...document.querySelectorAll('.bd-sidebar-primary a')].map(a => a.textContent.trim())")[:2] == ["Corpus", "The ledger"]
-        assert browser.run("document.querySelector('a.right-next').getAttribute('href')") == "showcase.html"
+    def test_the_sidebar_lists_rooms_and_the_next_page_is_one_click_away(self, page, site):
+        show(page, site, "corpus/ledger.html")
+        assert page.evaluate("[...document.querySelectorAll('.bd-sidebar-primary a')].map(a => a.textContent.trim())")[:2] == ["Corpus", "The ledger"]
+        assert page.evaluate("document.querySelector('a.right-next').getAttribute('href')") == "showcase.html"
 
-    def test_a_page_fits_a_telephone(self, browser, site):
-        browser.call("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True)
-        for page in ("index.html", "corpus/ledger.html", "corpus/reasons.html", "corpus/showcase.html"):
-            show(browser, site, page)
-            assert browser.run("document.documentElement.scrollWidth") <= 391, page
-        browser.call("Emulation.setDeviceMetricsOverride", width=1400, height=1000, deviceScaleFactor=1, mobile=False)
+    def test_a_page_fits_a_telephone(self, page, site):
+        page.set_viewport_size(dict(width=390, height=800))
+        for name in ("index.html", "corpus/ledger.html", "corpus/reasons.html", "corpus/showcase.html"):
+            show(page, site, name)
+            assert page.evaluate("document.documentElement.scrollWidth") <= 391, name
+        page.set_viewport_size(dict(width=1400, height=1000))
