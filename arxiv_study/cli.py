@@ -93,7 +93,7 @@ def _cell(value)->str:
     if isinstance(value, bool): return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if isinstance(value, float) else str(value)
 
-# %% ../nbs/90_cli.ipynb #2ca63d7b
+# %% ../nbs/90_cli.ipynb #0cedabbe
 def _version(package:str)->str:
     "An installed package's version, without importing it."
     from importlib.metadata import PackageNotFoundError, version
@@ -101,23 +101,23 @@ def _version(package:str)->str:
     except PackageNotFoundError: return "not installed"
 
 def machine()->list[dict]:
-    "What this machine is: cores, memory, disk, interpreter and the packages that matter."
-    import platform, shutil, psutil
-    gpu = shutil.which("nvidia-smi")
-    rows = dict(cores=os.cpu_count(), memory_gib=round(psutil.virtual_memory().total/2**30, 1), disk_free_gib=round(shutil.disk_usage(".").free/2**30, 1),
-                python=platform.python_version(), system=platform.platform(terse=True), nvidia_driver="yes" if gpu else "none: training runs on the CPU",
-                compiler=shutil.which("c++") or "none", chromium=shutil.which("chromium") or "none: browser tests skip")
+    "What this machine is: cores, memory, system and the packages that matter."
+    import platform, psutil
+    rows = dict(cores=os.cpu_count(), memory_gib=round(psutil.virtual_memory().total/2**30, 1), system=platform.platform(terse=True))
     return [{"what": k, "value": v} for k, v in rows.items()] + [{"what": p, "value": _version(p)} for p in ("torch", "deepspeed", "nbdev", "papermill", "sentencepiece", "polars")]
 
-# %% ../nbs/90_cli.ipynb #92edb03d
+# %% ../nbs/90_cli.ipynb #e707cfa8
 @command
 def doctor(call:Call):
-    "This machine and the settings in force, and where each came from."
-    rows = machine()
+    "Look for the usual trouble, say what mends it, and show the settings in force and where each came from. The exit code is 1 where something is wrong."
+    from dataclasses import asdict
+    from arxiv_study.doctor import examine
+    findings = [asdict(f) for f in examine(call.settings)]
     setting = [{"setting": k, "value": getattr(call.settings, k), "from": v} for k, v in call.settings.origins.items()]
-    if call.json: return show_rows([{"machine": rows, "settings": setting}], as_json=True)
-    show_rows(rows, "this machine")
-    show_rows(setting, "settings in force")
+    if call.json: show_rows([{"machine": machine(), "findings": findings, "settings": setting}], as_json=True)
+    else:
+        for title, rows in (("this machine", machine()), ("what the doctor found", findings), ("settings in force", setting)): show_rows(rows, title)
+    if any(f["verdict"] == "wrong" for f in findings): raise typer.Exit(1)
 
 # %% ../nbs/90_cli.ipynb #500fc639
 def arxiv_folder(call:Call)->Path:
