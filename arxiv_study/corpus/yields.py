@@ -70,7 +70,7 @@ def _flows(table:pl.DataFrame, what:str="papers")->list[tuple[str,str,int,str]]:
         here = after
     return [(s, "kept" if t == here else t, n, c) for s, t, n, c in flows if n]
 
-# %% ../../nbs/corpus/14_yield.ipynb #9df2aa00
+# %% ../../nbs/corpus/14_yield.ipynb #cf82a845
 def _amounts(ledger:pl.DataFrame, measure:str)->pl.DataFrame: # see `yield_table`
     "What became of the papers, with the sums of a column in their place."
     table = yield_table(ledger)
@@ -86,13 +86,14 @@ def yield_sankey(ledger:pl.DataFrame,
     total, flows, kept = table["papers"].sum(), _flows(table, what), table.filter(pl.col("reason") == "kept")["papers"].sum()
     names = list(dict.fromkeys(n for s, t, *_ in flows for n in (s, t)))
     into = {t: n for _, t, n, _ in flows}
-    labels = [f"{n.replace('_', ' ')} {into.get(n, total):,}" for n in names]
     colours = {t: c for _, t, _, c in flows}
+    lines = lambda n: n.replace("_", " ") if n in colours and colours[n] == ORANGE else n.replace(" ", "<br>") # stages stand close, reasons below each other
+    labels = [f"{lines(n)}{'<br>' if '<br>' in lines(n) else ' '}{into.get(n, total):,}" for n in names]
     figure = go.Figure(go.Sankey(arrangement="snap", node=dict(label=labels, color=[colours.get(n, BLUE) for n in names], pad=14, thickness=12),
         link=dict(source=[names.index(s) for s, *_ in flows], target=[names.index(t) for _, t, *_ in flows], value=[n for *_, n, _ in flows],
                   color=["rgba(0,114,178,.3)" if c == BLUE else "rgba(213,94,0,.35)" for *_, c in flows])))
-    worst = table.filter(pl.col("reason") != "kept").sort("papers", descending=True).head(1)
-    because = f"; the largest loss is {worst['reason'][0].replace('_', ' ')}, {worst['papers'][0]:,}" if len(worst) else ""
+    worst = table.filter((pl.col("reason") != "kept") & (pl.col("papers") == pl.col("papers").filter(pl.col("reason") != "kept").max()))
+    because = "" if not len(worst) else f"; the largest loss is {worst['reason'][0].replace('_', ' ')}, {worst['papers'][0]:,}" if len(worst) == 1 else f"; no reason takes more than {worst['papers'][0]:,}"
     figure.update_layout(title=f"{kept:,} of {total:,} {what} {'become text' if measure == 'papers' else 'are kept'}{because}", height=560, margin=dict(l=10, r=10, t=60, b=20), template="plotly_white")
     figure.layout.meta = {"alt": f"Sankey diagram of {total:,} {what}: {kept:,} are kept, the others leave at " + ", ".join(f"{s} ({n:,})" for s, n in _per_stage(table)) + "."}
     return figure
