@@ -158,6 +158,16 @@ class TestInChromium:
         rows = page.evaluate("[...document.querySelectorAll('figure.plot table tr')].map(r => [...r.cells].map(c => c.textContent))")
         assert rows == [["parameters (millions)", "bits per byte"], ["1", "2.5000"], ["2", "2.2000"], ["4", "2"]]
 
+    def test_a_table_sorts_by_a_click(self, page, site):
+        show(page, site, "corpus/reasons.html")
+        column = "[...document.querySelectorAll('table.facts tbody tr')].map(r => r.cells[0].textContent)"
+        before = page.evaluate(column)
+        page.locator("table.facts button.sort").first.click()
+        assert page.evaluate(column) == sorted(before) != before
+        page.locator("table.facts button.sort").first.click()
+        assert page.evaluate(column) == sorted(before, reverse=True)
+        assert page.evaluate("document.querySelector('table.facts th').ariaSort") == "descending"
+
     def test_mathematics_is_typeset_in_prose_and_left_alone_in_output(self, page, site):
         show(page, site, "corpus/showcase.html")
         page.wait_for_function("document.querySelectorAll('mjx-container svg').length === 1")

@@ -1,4 +1,4 @@
-// Draws every figure of a page in the theme's colours, again when the theme changes; loads Plotly only where there is one.
+// Draws every figure of a page in the theme's colours, again when the theme changes, loading Plotly only where there is one; makes tables sort.
 (() => {
   const here = document.currentScript.src;
   const style = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -110,6 +110,30 @@
       document.documentElement.dataset.figures = "drawn";
     };
     document.head.append(script);
+  }
+
+  // Tables of facts and data frames sort by a click on a column's head, and again the other way; a table with merged cells stays as it is.
+  const value = cell => {
+    const text = cell.textContent.trim().replace(/[,\u202f]/g, "").replace("−", "-"), n = parseFloat(text);
+    return /^[-+]?[\d.]/.test(text) && !Number.isNaN(n) ? n : text;
+  };
+  const compare = (a, b) => typeof a === typeof b ? (a < b ? -1 : a > b ? 1 : 0) : typeof a === "number" ? -1 : 1;
+  const sortBy = (table, th, k) => {
+    const down = th.ariaSort === "ascending", body = table.tBodies[0];
+    for (const other of th.parentElement.cells) other.removeAttribute("aria-sort");
+    th.ariaSort = down ? "descending" : "ascending";
+    body.append(...[...body.rows].sort((a, b) => (down ? -1 : 1) * compare(value(a.cells[k]), value(b.cells[k]))));
+  };
+  for (const table of document.querySelectorAll("table.facts, table.dataframe")) {
+    const head = table.tHead?.rows[0], body = table.tBodies[0];
+    if (!head || !body || body.rows.length < 3 || table.querySelector("[colspan], [rowspan]") || [...table.rows].some(r => r.cells.length !== head.cells.length)) continue;
+    [...head.cells].forEach((th, k) => {
+      if (!th.textContent.trim()) return;
+      const button = document.createElement("button");
+      button.type = "button"; button.className = "sort"; button.append(...th.childNodes);
+      button.addEventListener("click", () => sortBy(table, th, k));
+      th.append(button);
+    });
   }
 
   // A link to a symbol lands on its folded source too when that is what was asked for.
