@@ -7,8 +7,8 @@ __all__ = ['POINT_COLUMNS', 'HUBER_DELTA', 'OBJECTIVE_SCALE', 'NAMES', 'EPOCH', 
            'read_points', 'log_sum_exp', 'huber_objective', 'starts', 'ScalingLaw', 'fit_law', 'bootstrap_intervals',
            'profile', 'profile_interval', 'profile_width', 'kaplan_objective', 'KaplanLaw', 'fit_kaplan',
            'Extrapolation', 'extrapolation', 'Optimum', 'compute_optimal', 'iso_flop', 'Valley', 'iso_flop_valley',
-           'effective_tokens', 'fresh_equivalent', 'repeats_worth', 'why_not_identified', 'fit_answer', 'fit_points',
-           'fit_rows', 'SizeSlope', 'size_slope']
+           'effective_tokens', 'fresh_equivalent', 'repeats_worth', 'falls', 'why_not_identified', 'fit_answer',
+           'fit_points', 'fit_rows', 'SizeSlope', 'size_slope']
 
 # %% ../../nbs/study/05_scaling.ipynb #ab98c235
 import csv, math
@@ -122,14 +122,14 @@ def bootstrap_intervals(points:np.ndarray, law:ScalingLaw, n_draws:int=100, seed
     tails = np.quantile(ends, [(1-level)/2, (1+level)/2], axis=0)
     return {name: [float(low), float(high)] for name, low, high in zip(NAMES, *tails)}
 
-# %% ../../nbs/study/05_scaling.ipynb #dda0eba4
+# %% ../../nbs/study/05_scaling.ipynb #4217a253
 def profile(points:np.ndarray, law:ScalingLaw, name:str="alpha", # which constant; A, B and E by their logarithms
             reach:float=.6, n_values:int=31 # how far on each side, and at how many values, denser near the optimum
            )->tuple: # values of the constant [n], objective at each [n]
     "The best objective for each fixed value of one constant."
     k, u, best = NAMES.index(name), np.linspace(-1, 1, n_values), _theta(law)
     ln_points, values = tuple(np.log(points).T), best[k] + reach*u*abs(u)
-    if k > 2: values = values[values > 0]
+    if k > 2 and best[k] > 0: values = values[values > 0]
     rest = np.delete(np.arange(5), k)
     def held(value):
         def scaled(free):
@@ -294,14 +294,17 @@ def repeats_worth(n_tokens:float, n_unique:float, effective:float)->tuple: # R* 
     worth = lambda ln_r: math.exp(ln_r)*-math.expm1(-repeats/math.exp(ln_r))-gained
     return math.exp(brentq(worth, math.log(1e-3*gained), math.log(1e4*repeats))), None
 
-# %% ../../nbs/study/05_scaling.ipynb #1ff4a64e
+# %% ../../nbs/study/05_scaling.ipynb #990e2fe5
 WIDEST_ALPHA = .2    # a wider profile identifies no exponent
 
-def why_not_identified(points:np.ndarray, intervals:dict # what kind -> name -> (low, high)
+def falls(law:ScalingLaw)->bool: return law.alpha > 0 and law.beta > 0
+
+def why_not_identified(points:np.ndarray, law:ScalingLaw, intervals:dict # what kind -> name -> (low, high)
                       )->str|None: # None: the points fix the law
     "The reason why a table of runs does not fix the five constants."
     sizes, counts = (len(np.unique(points[:, k])) for k in (0, 1))
     if sizes < 3 or counts < 3: return f"{sizes} sizes and {counts} token counts cannot fix two exponents and a floor; 3 of each are the least"
+    if not falls(law): return f"the loss does not fall with {' and '.join(w for w, x in (('parameters', law.alpha), ('tokens', law.beta)) if x <= 0)} in these {len(points)} points"
     widths = {(kind, name): high-low for kind, ends in intervals.items() for name, (low, high) in ends.items() if name in ("alpha", "beta")}
     open_ = [f"the 95 % {kind} of {name} is {width:.2f} wide, more than {WIDEST_ALPHA}" for (kind, name), width in widths.items() if width > WIDEST_ALPHA]
     return f"{' and '.join(open_)}: these {len(points)} points do not fix the law" if open_ else None
@@ -314,11 +317,11 @@ def fit_answer(points:np.ndarray, # [points, 3]: parameters, tokens, loss
     law = fit_law(points)
     profiles = {name: profile_interval(points, law, name) for name in ("alpha", "beta", "E")}
     intervals = bootstrap_intervals(points, law, n_draws)
-    reason = why_not_identified(points, {"profile": profiles, "bootstrap interval": intervals})
+    reason = why_not_identified(points, law, {"profile": profiles, "bootstrap interval": intervals})
     answer = {**asdict(law), "n_points": len(points), "alpha_profile_width": profiles["alpha"][1]-profiles["alpha"][0], "identified": reason is None, "reason": reason,
               "intervals": intervals, "profiles": {name: list(ends) for name, ends in profiles.items()},
               "kaplan": asdict(fit_kaplan(points)), "extrapolation": asdict(extrapolation(points)) if len(points) > 7 else None}
-    return answer if flops is None else answer | {"optimum": asdict(compute_optimal(law, flops)) | {"tokens_per_param": compute_optimal(law, flops).tokens_per_param}}
+    return answer if flops is None or not falls(law) else answer | {"optimum": asdict(compute_optimal(law, flops)) | {"tokens_per_param": compute_optimal(law, flops).tokens_per_param}}
 
 def fit_points(path:Path, # a CSV file, see `read_points`
                n_draws:int=200, flops:float|None=None)->dict: # see `fit_answer`
