@@ -70,7 +70,7 @@ def _flows(table:pl.DataFrame, what:str="papers")->list[tuple[str,str,int,str]]:
         here = after
     return [(s, "kept" if t == here else t, n, c) for s, t, n, c in flows if n]
 
-# %% ../../nbs/corpus/14_yield.ipynb #cf82a845
+# %% ../../nbs/corpus/14_yield.ipynb #3a11a39d
 def _amounts(ledger:pl.DataFrame, measure:str)->pl.DataFrame: # see `yield_table`
     "What became of the papers, with the sums of a column in their place."
     table = yield_table(ledger)
@@ -87,8 +87,8 @@ def yield_sankey(ledger:pl.DataFrame,
     names = list(dict.fromkeys(n for s, t, *_ in flows for n in (s, t)))
     into = {t: n for _, t, n, _ in flows}
     colours = {t: c for _, t, _, c in flows}
-    lines = lambda n: n.replace("_", " ") if n in colours and colours[n] == ORANGE else n.replace(" ", "<br>") # stages stand close, reasons below each other
-    labels = [f"{lines(n)}{'<br>' if '<br>' in lines(n) else ' '}{into.get(n, total):,}" for n in names]
+    plain = [f"{n.replace('_', ' ')} {into.get(n, total):,}" for n in names]
+    labels = [p if colours.get(n) == ORANGE else p.replace(" ", "<br>") for n, p in zip(names, plain)] # stages stand close beside each other, reasons one below the other
     figure = go.Figure(go.Sankey(arrangement="snap", node=dict(label=labels, color=[colours.get(n, BLUE) for n in names], pad=14, thickness=12),
         link=dict(source=[names.index(s) for s, *_ in flows], target=[names.index(t) for _, t, *_ in flows], value=[n for *_, n, _ in flows],
                   color=["rgba(0,114,178,.3)" if c == BLUE else "rgba(213,94,0,.35)" for *_, c in flows])))

@@ -18,7 +18,7 @@ from .convergence import CLOCKS, WINDOW, on_clocks, smoothed
 from .runs import changed
 from .scaling import EPOCH, PAPER, ScalingLaw, compute_optimal
 
-# %% ../../nbs/study/08_figures.ipynb #b62ce1ab
+# %% ../../nbs/study/08_figures.ipynb #a34684c4
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
@@ -35,7 +35,8 @@ def styled(fig:go.Figure, title:str, # the finding
     fig.layout.meta = {"alt": alt}
     return fig
 
-def missing(family:str, needed:str)->go.Figure:
+def missing(family:str, needed:str # the family, and the runs it needs
+           )->go.Figure:
     "A figure that says that there is nothing to show yet."
     fig = go.Figure().add_annotation(text=f"no finished run: {needed}", showarrow=False, xref="paper", yref="paper", x=.5, y=.5, font_size=15)
     fig.update_xaxes(visible=False).update_yaxes(visible=False)
@@ -98,24 +99,29 @@ def _data_finding(mean:dict, results:pl.DataFrame)->tuple:
     title = f"Ten passes over a tenth of the tokens {'cost' if cost > 0 else 'save'} {abs(cost):.2f} bits per byte on held-out text"
     return title, f"Training loss over tokens for fresh and repeated data at two learning rates. {title}; spikes: {spikes(['R06', 'R08'])} repeated, {spikes(['R01', 'R07'])} fresh."
 
-# %% ../../nbs/study/08_figures.ipynb #4197dc3a
+# %% ../../nbs/study/08_figures.ipynb #8b65df44
+def _lines(run, width:int=30)->str: # run: Run
+    "A run's id and its changes, below each other, to stand at an axis."
+    changes = [f"{name.split('.', 1)[1]} {value}" for name, value in run.change.items()] or ["the baseline"]
+    return "<br>".join([run.id, *(c if len(c) <= width else c[:width-1]+"…" for c in changes)])
+
 def preprocessing_figure(results:pl.DataFrame, usable:dict, # run -> usable tokens by the baseline's tokenizer
                          runs:dict)->go.Figure:
     "Usable tokens and held-out loss by variant, beside each other."
     ids = [i for i in ("R03", "R09", "R10", "R11", "R12") if i in usable]
     if len(ids) < 2: return missing("preprocessing", "R03 and R09 to R12")
-    mean, names = _means(results, ids), [f"{i} {changed(runs[i])}" for i in ids]
+    mean, names = _means(results, ids), [_lines(runs[i]).replace(" ", "<br>") for i in ids]
     fig = go.Figure()
     fig.add_bar(x=names, y=[usable[i]/1e6 for i in ids], name="usable tokens (left)", marker=dict(color=COLOURS[5], pattern_shape="/"), hovertemplate="%{y:.3f} million tokens")
     fig.add_scatter(x=names, y=[mean.get(i) for i in ids], name="held-out bits per byte (right)", mode="markers", yaxis="y2", marker=dict(symbol="diamond", size=12, color=COLOURS[1]), hovertemplate="%{y:.3f} bits per byte")
-    fig.update_layout(yaxis2=dict(title="held-out bits per byte", overlaying="y", side="right", showgrid=False, rangemode="normal"))
     least = min(ids[1:], key=usable.get)
     loss = 1-usable[least]/usable["R03"] if usable.get("R03") else 0
     title = f"{least} leaves {abs(loss):.0%} {'fewer' if loss > 0 else 'more'} usable tokens than the full pipeline" if loss else "No variant changes the number of usable tokens"
     styled(fig, title, f"Bars of usable tokens and points of held-out loss for the full pipeline and {len(ids)-1} variants. {title}.", y="usable tokens, million")
-    return fig.update_layout(legend=dict(orientation="h", y=1.08, x=0), margin=dict(r=70), yaxis2_title="held-out bits per byte")
+    right = dict(title="held-out bits per byte", overlaying="y", side="right", showgrid=False, rangemode="normal", tickmode="auto", tickformat=".2f") # else its ticks are set where the left ones are
+    return fig.update_layout(yaxis2=right, xaxis_tickangle=0, legend=dict(orientation="h", y=1.02, yanchor="bottom", x=0), margin=dict(r=70, t=110), height=460)
 
-# %% ../../nbs/study/08_figures.ipynb #647dd9f1
+# %% ../../nbs/study/08_figures.ipynb #bdce4453
 def tokenizer_figure(results:pl.DataFrame, bytes_per_token:dict, # run -> bytes a token
                      runs:dict)->go.Figure:
     "Held-out loss against compression."
@@ -127,7 +133,7 @@ def tokenizer_figure(results:pl.DataFrame, bytes_per_token:dict, # run -> bytes 
                         marker=dict(size=13, symbol=MARKERS[k], color=COLOURS[k]), hovertemplate="%{x:.2f} bytes a token<br>%{y:.3f} bits per byte")
     best = min(ids, key=mean.get)
     lead = sorted(mean.values())[1]-mean[best]
-    title = f"{'The baseline' if best == 'R03' else f'{best} ({changed(runs[best])})'} has the lowest loss, by {lead:.2f} bits per byte"
+    title = f"{'The baseline' if best == 'R03' else f'{best} ({changed(runs[best])})'} has the lowest loss, by {f'{lead:.2f}' if lead >= .005 else 'less than 0.01'} bits per byte"
     return styled(fig, title, f"Points of held-out loss against bytes a token for {len(ids)} tokenizers, all on the same bytes. {title}.", "bytes a token", "held-out bits per byte")
 
 # %% ../../nbs/study/08_figures.ipynb #981edf52
@@ -145,15 +151,14 @@ def optimisation_figure(results:pl.DataFrame, curves:dict, runs:dict)->go.Figure
         title = f"Eight times the learning rate {'costs' if cost > 0 else 'saves'} {abs(cost):.2f} bits per byte: the control {'hurts' if cost > 0 else 'does not hurt'}"
     return styled(fig, title, f"Training loss over tokens for {len(ids)} runs that differ in learning rate, warm-up, clipping or order of the data. {title}.", "tokens served", "training loss, bits per byte")
 
-# %% ../../nbs/study/08_figures.ipynb #309f9ec1
+# %% ../../nbs/study/08_figures.ipynb #38957d20
 PARTS = {"startup_s": "start", "forward_s": "forward", "backward_s": "backward", "optimizer_s": "optimizer", "communication_s": "communication", "wait_s": "waiting for data", "evaluate_s": "evaluation", "checkpoint_s": "checkpoints"}
 
 def infrastructure_figure(results:pl.DataFrame, runs:dict)->go.Figure:
     "Time shares of R03 and R21 to R24."
     r = results.filter(pl.col("run").is_in(["R03", "R21", "R22", "R23", "R24"]) & pl.col("total_s").is_not_null()).group_by("run").agg(pl.col("total_s", *PARTS).mean()).sort("run")
     if r.height < 2: return missing("infrastructure", "R03 and R21 to R24")
-    fig, names = go.Figure(), [f"{i} {changed(runs[i])}" for i in r["run"]]
-    names = [n if len(n) < 44 else n[:42]+"…" for n in names]
+    fig, names = go.Figure(), [_lines(runs[i]) for i in r["run"]]
     for k, (part, label) in enumerate(PARTS.items()):
         share = (100*r[part].fill_null(0)/r["total_s"]).to_list()
         fig.add_bar(y=names, x=share, name=label, orientation="h", marker=dict(color=(COLOURS + ("#999999",))[k], pattern_shape=("", "/", "\\", "x", "-", "|", "+", ".")[k]), hovertemplate="%{x:.1f} %")
@@ -161,7 +166,7 @@ def infrastructure_figure(results:pl.DataFrame, runs:dict)->go.Figure:
     at = r.with_columns(share=100*pl.col("wait_s").fill_null(0)/pl.sum_horizontal(pl.col("forward_s", "backward_s", "optimizer_s", "communication_s", "wait_s").fill_null(0))).sort("share")
     worst = at.row(-1, named=True)
     title = f"{worst['run']} waits longest for data: {worst['share']:.0f} % of its step time"
-    return styled(fig, title, f"Stacked bars of where the time goes in {r.height} runs. {title}.", "share of the run's time, %").update_layout(margin=dict(l=250), yaxis=dict(autorange="reversed"))
+    return styled(fig, title, f"Stacked bars of where the time goes in {r.height} runs. {title}.", "share of the run's time, %").update_layout(margin=dict(l=200), yaxis=dict(autorange="reversed"), height=520)
 
 # %% ../../nbs/study/08_figures.ipynb #734cfc58
 KNEE = .1 # share of the step's own time that is waited
@@ -195,7 +200,7 @@ def throttle_figure(steps:pl.DataFrame)->go.Figure:
     title = f"Below {at:.2g} MB/s a rank, steps wait for storage" if at else f"Steps wait for storage from {max(waiting):g} MB/s a rank downwards" if waiting else "No storage speed that was tried makes steps wait"
     return styled(fig, title, f"Median step time and waiting time against storage speed. {title}.", "storage speed, MB/s a rank", "seconds a step").update_xaxes(type="log")
 
-# %% ../../nbs/study/08_figures.ipynb #d2e149aa
+# %% ../../nbs/study/08_figures.ipynb #82216010
 DRAWN = 120 # points of a curve
 
 def _on_clock(curves:dict, clock:str)->list: # x of each curve
@@ -226,14 +231,14 @@ def clocks_figure(curves:dict, # of drawn_curves
     if not curves: return missing("any", "no run recorded steps")
     fig = go.Figure()
     for k, (run, c) in enumerate(curves.items()):
-        fig.add_scatter(x=c["tokens"].to_list(), y=c["smooth"].round(4).to_list(), name=f"{run} {changed(runs[run])}"[:40], mode="lines", line=dict(color=COLOURS[k % 7], dash=DASHES[k//7 % 6], width=1.7),
+        fig.add_scatter(x=c["tokens"].to_list(), y=c["smooth"].round(4).to_list(), name=f"{run} {changed(runs[run])}"[:40], mode="lines", line=dict(color=COLOURS[k % 7], dash=DASHES[(k % 7+k//7) % 6], width=1.7), # no two of 42 have both in common
                         hovertemplate="%{x:.4g}<br>%{y:.3f} bits per byte", visible=True if runs[run].family in SAME_TEXT else "legendonly")
     buttons = [dict(label=words, method="update", args=[{"x": _on_clock(curves, clock)}, {"xaxis.title.text": words}]) for clock, words in CLOCKS.items()]
-    fig.update_layout(updatemenus=[dict(buttons=buttons, active=list(CLOCKS).index("tokens"), x=1, xanchor="right", y=1.16)])
+    fig.update_layout(updatemenus=[dict(buttons=buttons, active=list(CLOCKS).index("tokens"), x=1, xanchor="right", y=1.02, yanchor="bottom")])
     same = {r: c["smooth"].min() for r, c in curves.items() if runs[r].family in SAME_TEXT}
     title = f"{min(same, key=same.get)} comes lowest in training loss of the {len(same)} runs on the baseline's text" if same else "Training losses; no run on the baseline's text is among them"
     styled(fig, title, f"Smoothed training losses of {len(curves)} runs over {', '.join(CLOCKS.values())}, to be chosen. {title}.", CLOCKS["tokens"], "training loss, bits per byte")
-    return fig.update_layout(height=520, legend=dict(font_size=11))
+    return fig.update_layout(height=560, legend=dict(font_size=11), margin_t=120)
 
 # %% ../../nbs/study/08_figures.ipynb #250e3891
 CUTS = {"budget": (np.array([1e18, 1e19, 1e20, 6*PAPER[0]*PAPER[1], 1e21, 1e22, 1e23]), "{:.3g} FLOPs", "parameters"),
@@ -256,7 +261,7 @@ def _cut_traces(law:ScalingLaw, cut:str, value:float)->tuple: # x and y of the c
     best = compute_optimal(law, value) if cut == "budget" else None
     return ([float(f"{v:.4g}") for v in x], [best.n_params] if best else [], [paper] if paper else []), (y.round(4).tolist(), [best.loss] if best else [], [float(law.loss(*PAPER))] if paper else [])
 
-# %% ../../nbs/study/08_figures.ipynb #e50e1b09
+# %% ../../nbs/study/08_figures.ipynb #291258f5
 def _slider(law:ScalingLaw, cut:str, active:int, visible:bool)->dict:
     "The slider of one cut."
     values, words, _ = CUTS[cut]
@@ -272,17 +277,17 @@ def law_figure(law:ScalingLaw=EPOCH)->go.Figure:
     opens = {cut: next(k for k, v in enumerate(values) if law_cut(law, cut, v)[2]) for cut, (values, _, _) in CUTS.items()} # where the paper is
     best, (x, y) = compute_optimal(law, budget), _cut_traces(law, "budget", budget)
     marks = (dict(name="the law", mode="lines", line=dict(color=COLOURS[0], width=2.5)), dict(name="best for the budget", mode="markers", marker=dict(symbol="diamond", size=12, color=COLOURS[2])),
-             dict(name=f"the paper: {PAPER[0]:.3g} × {PAPER[1]:.4g}, {PAPER[1]/PAPER[0]:.0f} tokens a parameter", mode="markers", marker=dict(symbol="star", size=15, color=COLOURS[1])))
+             dict(name=f"the paper: {PAPER[0]/1e9:.2f} billion parameters, {PAPER[1]/PAPER[0]:.0f} tokens each", mode="markers", marker=dict(symbol="star", size=15, color=COLOURS[1])))
     fig = go.Figure([go.Scatter(x=x[k], y=y[k], hovertemplate="%{x:.3g}<br>loss %{y:.3f}", **m) for k, m in enumerate(marks)])
     shown = lambda cut: {f"sliders[{k}].visible": c == cut for k, c in enumerate(CUTS)} | {f"sliders[{k}].active": opens[c] for k, c in enumerate(CUTS)} | {"xaxis.title.text": CUTS[cut][2]}
     first = {cut: _cut_traces(law, cut, CUTS[cut][0][opens[cut]]) for cut in CUTS}
     buttons = [dict(label=MENU[cut], method="update", args=[{"x": first[cut][0], "y": first[cut][1]}, shown(cut)]) for cut in CUTS]
-    fig.update_layout(sliders=[_slider(law, cut, opens[cut], cut == "budget") for cut in CUTS], updatemenus=[dict(buttons=buttons, x=1, xanchor="right", y=1.13)])
+    fig.update_layout(sliders=[_slider(law, cut, opens[cut], cut == "budget") for cut in CUTS], updatemenus=[dict(buttons=buttons, x=1, xanchor="right", y=1.02, yanchor="bottom")])
     title = f"{PAPER[1]/PAPER[0]:.0f} tokens a parameter cost the paper {place-best.loss:.3f} nats against the best for its compute"
     alt = (f"Predicted loss over model size at {budget:.3g} FLOPs, a valley: at the paper's {PAPER[0]:.3g} parameters and {PAPER[1]:.4g} tokens it is {place:.3f} nats a token, "
            f"at the best, {best.n_params:.3g} parameters with {best.tokens_per_param:.0f} tokens each, {best.loss:.3f}. Sliders and a menu show other budgets, sizes and token counts.")
     styled(fig, title, alt, "parameters", "predicted loss, nats a token").update_xaxes(type="log")
-    return fig.update_layout(height=560, title_y=.97, showlegend=True, legend=dict(orientation="h", y=1.1, x=0), margin=dict(t=110, b=120))
+    return fig.update_layout(height=600, title=dict(y=.97, yanchor="top"), showlegend=True, legend=dict(y=1.02, yanchor="bottom", x=0), margin=dict(t=140, b=120))
 
 def law_rows(law:ScalingLaw=EPOCH)->list:
     "The table behind the law's figure: the best size at each budget, and the paper's place."
@@ -291,7 +296,7 @@ def law_rows(law:ScalingLaw=EPOCH)->list:
     n, d = PAPER
     return [*rows, {"place": "the paper", "flops": 6*n*d, "parameters": n, "tokens": d, "tokens a parameter": d/n, "predicted loss": float(law.loss(n, d))}]
 
-# %% ../../nbs/study/08_figures.ipynb #c1c9c61c
+# %% ../../nbs/study/08_figures.ipynb #bef294b1
 def points_figure(points:pl.DataFrame # see `branch_points`
                  )->go.Figure:
     "Bits per byte over training FLOPs, a curve a size."
@@ -304,4 +309,4 @@ def points_figure(points:pl.DataFrame # see `branch_points`
                         marker=dict(symbol=MARKERS[k % 7], size=9), hovertemplate="%{x:.3g} FLOPs, %{customdata:,} tokens<br>%{y:.3f} bits per byte")
     low = mean.filter(pl.col("bits_per_byte") == pl.col("bits_per_byte").min()).row(0, named=True)
     title = f"{low['n_params']:,} parameters reach {low['bits_per_byte']:.2f} bits per byte with {low['flops']:.2g} FLOPs, the lowest of {len(sizes)} sizes"
-    return styled(fig, title, f"Held-out loss over training FLOPs for {len(sizes)} model sizes, at the token counts of their branches. {title}.", "training FLOPs (6ND)", "held-out bits per byte").update_xaxes(type="log")
+    return styled(fig, title, f"Held-out loss over training FLOPs for {len(sizes)} model sizes, at the token counts of their branches. {title}.", "training FLOPs (6ND)", "held-out bits per byte").update_xaxes(type="log", exponentformat="power")
