@@ -18,7 +18,7 @@ def duration(seconds:float)->str: # such as 8.4 s, 3 min 20 s, 2 h 05 min or 19.
 
 # %% ../nbs/02_progress.ipynb #1c118fd9
 class Bar:
-    "Progress of `total` units: a bar on a terminal, otherwise a plain line at most every `every_s` seconds."
+    "Progress of so many units: a bar on a terminal, otherwise a plain line at most every `every_s` seconds."
     def __init__(self, description:str, total:float, # units of work in all
                  out=None, every_s:float=5., clock=time.monotonic, unit:str=""):
         self.description, self.total, self.out = description, total, out or sys.stderr
@@ -39,6 +39,7 @@ from fastcore.basics import patch
 # %% ../nbs/02_progress.ipynb #75f5ca8c
 @patch
 def __enter__(self:Bar):
+    "Start the clock, and the bar where there is a terminal."
     self.start_s = self.said_s = self.clock()
     if getattr(self.out, "isatty", lambda: False)():
         self.rich = _rich_bar(self.out)
@@ -48,6 +49,7 @@ def __enter__(self:Bar):
 
 @patch
 def __exit__(self:Bar, *error):
+    "Take the bar away, or say how long it took, where that was two seconds or more."
     if self.rich: self.rich.stop()
     elif self.clock()-self.start_s >= 2: self._say(final=True)
 
