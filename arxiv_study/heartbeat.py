@@ -40,7 +40,9 @@ def place(
 # %% ../nbs/04_heartbeat.ipynb #e6f97565
 WIDTH = 400  # bytes of a line
 
-def alive_file(folder: Path, rank: int) -> Path: return Path(folder) / f".alive-{rank}"
+def alive_file(folder: Path, rank: int) -> Path:
+    "Where a rank says that it runs"
+    return Path(folder) / f".alive-{rank}"
 
 
 def write_line(path: Path, line: dict):
@@ -160,6 +162,7 @@ def run(self: Heartbeat):
 
 @patch
 def __enter__(self: Heartbeat):
+    "The first beat, and the thread of the others"
     self.beat()
     self.thread = threading.Thread(target=self.run, name="heartbeat", daemon=True)
     self.thread.start()
