@@ -150,7 +150,9 @@ def listed_ids(given:list, file:Optional[Path])->tuple:
     "The ids given on the command line and in a file, one a line."
     return (*given, *(file.read_text(encoding="utf-8").split() if file else ()))
 
-def source(help:str, panel:str, *names:str, **more): return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+def source(help:str, panel:str, *names:str, **more):
+    "An option of `fetch`, in the panel of its door."
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
 # %% ../nbs/90_cli.ipynb #28709d5f
 EPRINTS, RECORDS, TARS = "E-prints of some papers, and their records", "--metadata: the records of all papers", "--bulk: all sources of a month, by the tar"
@@ -191,7 +193,9 @@ def fetch(call:Call, out:Annotated[Path, typer.Argument(help="The arXiv folder t
 # %% ../nbs/90_cli.ipynb #ae38420a
 OWN = "What the corpus is made by"
 
-def option(help:str, *names:str, **more): return typer.Option(*names, help=help, rich_help_panel=OWN, **more)
+def option(help:str, *names:str, **more):
+    "An option that is a setting of the corpus."
+    return typer.Option(*names, help=help, rich_help_panel=OWN, **more)
 
 def corpus_values(given:dict, # options, None where not given
                   more:list # NAME=VALUE
@@ -233,7 +237,7 @@ def yield_(call:Call, folder:Annotated[Path, typer.Argument(help="A corpus folde
            html:Annotated[Optional[Path], typer.Option(help="Write the diagram here.")]=None,
            what_if:Annotated[bool, typer.Option("--what-if", help="What each rule costs; reads the records of --arxiv again.")]=False,
            tokens:Annotated[Optional[Path], typer.Option(help="A tokens folder: what rules cost in tokens, not in bytes.")]=None):
-    "The ledger as a table; with --html as a diagram."
+    "The ledger as a table; with `--html` as a diagram."
     from arxiv_study.corpus.pipeline import open_ledger
     from arxiv_study.corpus.yields import price_list, rejudged, what_if_figure, yield_sankey, yield_table
     unit = "tokens" if tokens else "text_bytes"
@@ -315,7 +319,9 @@ def show_parts(rows:list, # dictionaries with the same keys, "part" among them
     print(title)
     for part in dict.fromkeys(r["part"] for r in rows): show_rows([{k: v for k, v in r.items() if k != "part"} for r in rows if r["part"] == part], part)
 
-def planned(help:str, panel:str="The recipe", **more): return typer.Option(help=help, rich_help_panel=panel, **more)
+def planned(help:str, panel:str="The recipe", **more):
+    "An option of a plan; not given, it is as the scale has it."
+    return typer.Option(help=help, rich_help_panel=panel, **more)
 
 # %% ../nbs/90_cli.ipynb #449e661f
 @command
