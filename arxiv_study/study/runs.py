@@ -36,7 +36,7 @@ SIZES = {scale: {size: _dimensions(PRESETS[f"{scale}-{size}"]) for size in ("xs"
 SIZES["smoke"]["xs"] = _size(2, 8, 24, 1)
 SIZES["paper"] = {"xs": _size(12, 768, 2048, 12), "s": _size(24, 1024, 2752, 16), "m": _dimensions(PRESETS["paper"]), "l": _size(32, 2560, 6912, 20)}
 
-# %% ../../nbs/study/00_runs.ipynb #9f1044d7
+# %% ../../nbs/study/00_runs.ipynb #770c68ff
 def _baseline(scale, batches, tokenizer, training, evaluation, model={})->dict:
     "The baseline of one scale: the common values, then this scale's."
     return {"corpus": dict(CORPUS), "tokenizer": TOKENIZER|tokenizer, "batches": BATCHES|batches, "model": MODEL|model,
@@ -44,7 +44,7 @@ def _baseline(scale, batches, tokenizer, training, evaluation, model={})->dict:
 
 BASELINES = {
     "smoke": _baseline("smoke", {}, {"sample_bytes": 1_000_000}, {"tokens": 131_072, "max_seconds": 8., "noise_every": 4}, {"n_bytes": 50_000}),
-    "desk": _baseline("desk", {}, {"vocab_size": 4096, "sample_bytes": 10_000_000}, {"tokens": 2_000_000, "max_seconds": 60.}, {"n_bytes": 352_000}),
+    "desk": _baseline("desk", {}, {"vocab_size": 4096, "sample_bytes": 10_000_000}, {"tokens": 2_000_000, "max_seconds": 60., "lr_hidden_at_2048": 1e-4, "lr_other": 1.6e-3}, {"n_bytes": 352_000}),
     "paper": _baseline("paper", {"context": 768, "rows": 32, "accumulation": 32}, {"vocab_size": 35_584, "sample_bytes": 2_000_000_000},
         {"tokens": 52_180_000_000, "max_seconds": 3600., "schedule": "cosine", "warmup_fraction": 500/33_175, "lr_other": 2e-4, "lr_by_width": False, "decay_all": True, "precision": "bf16", "noise_every": 50},
         {"n_bytes": 50_000_000}, {"tied": False}),
