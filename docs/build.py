@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import nbformat
 import yaml
 from arxiv_study.settings import load_settings
-from chapters import BuildError, Chapter, Links, execute, page, read_chapter
+from chapters import BuildError, Chapter, Links, execute, kept_scale, page, read_chapter
 from readme import check_readme, write_readme
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,7 +99,7 @@ WRITTEN = ("limits", "contributing") # pages that are not notebooks: docs/*.md
 def root_entries(chapters, root:Path)->list[str]:
     rooms = [r for r in ROOMS if any(c.page.startswith(f"{r}/") for c in chapters)]
     if any((root/"runs").glob("R*.yaml")): rooms.append("runs")
-    return [f"{r}/index" for r in rooms] + ["foundation", *WRITTEN]
+    return [f"{r}/index" for r in rooms] + (["how_made"] if "runs" in rooms else []) + ["foundation", *WRITTEN]
 
 def toctree(entries)->str: return "\n".join(["```{toctree}", ":hidden:", "", *entries, "```"]) if entries else ""
 
@@ -112,6 +112,7 @@ def generated_pages(chapters, root:Path, work:Path)->dict[str, str]:
         if room in ROOMS and entry not in have: pages[f"{entry}.md"] = f"# {room.capitalize()}\n\n{listing(room, chapters)}\n"
     if "runs/index" in root_entries(chapters, root) and "runs/index" not in have: pages["runs/index.md"] = runs_page(root, chapters)
     pages["foundation.md"] = (Path(__file__).parent/"foundation.md").read_text(encoding="utf-8") + "\n" + listing("", chapters)
+    if "how_made" in root_entries(chapters, root): pages["how_made.md"] = how_made_page(root)
     for name in WRITTEN: pages[f"{name}.md"] = (Path(__file__).parent/f"{name}.md").read_text(encoding="utf-8")
     if any(c.page.startswith("corpus/") for c in chapters): pages["corpus/reasons.md"] = reasons_page(lost_in_miniature(work) if "corpus/pipeline" in have else None)
     return pages
@@ -150,6 +151,28 @@ def runs_page(root:Path, chapters)->str:
     rows = [{"run": r["id"], "family": r["family"], "question": r["question"], "compared_with": r["base"] or "", "change": changed(r)} for r in runs]
     head = "# Runs\n\n{.subtitle}\nTwenty-four runs in six families; each changes one thing against the run it is compared with."
     return "\n\n".join([head, listing("runs", chapters), facts_table(rows, "run"), ""])
+
+def how_made_page(root:Path)->str:
+    "The text of docs/how_made.md, and what the kept runs cost on which machine."
+    text = (Path(__file__).parent/"how_made.md").read_text(encoding="utf-8")
+    scale = kept_scale(root)
+    return text + ("\n" + costs_of(root/"runs"/"results"/scale, scale) if scale else "")
+
+def costs_of(folder:Path, scale:str)->str:
+    "Seeds, tokens and minutes of each kept run, and the machines that made them."
+    from arxiv_study.study.kept import read_kept
+    kept, rows, middle = read_kept(folder), [], lambda values: sorted(values)[len(values)//2]
+    for run in sorted({l["run"] for l in kept.lines}):
+        done = [l["result"] for l in kept.lines if l["run"] == run and l["status"]["state"] == "done"]
+        if not done: continue
+        minutes = [r["time"]["total_s"]/60 for r in done]
+        rows.append({"run": run, "seeds": len(done), "parameters": f"{done[0]['n_params']:,}", "tokens": f"{done[0]['tokens']:,}", "minutes, median": f"{middle(minutes):.1f}",
+                     "tokens per second, median": f"{middle([r['tokens_per_s'] for r in done]):,.0f}", "most memory of a rank, GiB": f"{max(r['peak_rss_gib'] for r in done):.2f}"})
+    machines = [{"machine": f"{n + 1}", "cores": p["environment"]["cores"], "memory, GiB": p["environment"]["memory_gib"], "system": p["environment"]["system"], "python": p["environment"]["python"],
+                 "torch": p["environment"]["versions"]["torch"], "deepspeed": p["environment"]["versions"]["deepspeed"], "runs": len(p["runs"])} for n, p in enumerate(kept.about["pieces"])]
+    total = sum(l["result"]["time"]["total_s"] for l in kept.lines if l["status"]["state"] == "done")/3600
+    return "\n\n".join([f"## What the runs of {scale} scale cost", f"{sum(r['seeds'] for r in rows)} trainings took {total:.1f} hours of two processes, some of them beside other work: seconds are comparable within a run, not between runs.",
+                        facts_table(rows, "run"), "They were made in these pieces:", facts_table(machines, "machine"), ""])
 
 def run_sphinx(site:Path, out:Path, jobs:int):
     "Warnings are errors: a broken link or a skipped heading level fails the build."
