@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'SHARED', 'Out', 'EPRINTS', 'RECORDS', 'TARS', 'OWN', 'TextFolder', 'RunFolder', 'TrainedFolder', 'CREW',
-           'LUCK', 'Scale', 'Call', 'command', 'show_rows', 'machine', 'doctor', 'arxiv_folder', 'miniature', 'agreed',
-           'listed_ids', 'source', 'fetch', 'option', 'corpus_values', 'corpus', 'yield_', 'tokenizer', 'pack', 'train',
-           'evaluate', 'export', 'generate', 'show_parts', 'planned', 'plan', 'rehearse', 'run', 'study', 'report',
-           'fit', 'docs', 'lab', 'main']
+           'LUCK', 'Scale', 'EXAMPLES', 'Call', 'command', 'show_rows', 'machine', 'doctor', 'arxiv_folder',
+           'miniature', 'agreed', 'listed_ids', 'source', 'fetch', 'option', 'corpus_values', 'corpus', 'yield_',
+           'tokenizer', 'pack', 'train', 'evaluate', 'export', 'generate', 'show_parts', 'planned', 'plan', 'rehearse',
+           'run_names', 'run', 'study', 'report', 'fit', 'docs', 'lab', 'with_examples', 'main']
 
 # %% ../nbs/90_cli.ipynb #0d11c885
 import functools, inspect, json as json_format, os, sys
@@ -372,11 +372,15 @@ def rehearse(call:Call, scale:Annotated[str, typer.Option(help="paper: the other
     rows = play.rehearsal_rows(done)
     show_parts(rows if call.json else [play.in_brief(r) for r in rows], f"paper, {histories} histories; figures are medians, 90 % of the histories lie in brackets", call.json)
 
-# %% ../nbs/90_cli.ipynb #c541edaf
-Scale = Annotated[Optional[str], typer.Option(help="smoke, desk or paper.")]
+# %% ../nbs/90_cli.ipynb #18954670
+def run_names(incomplete:str)->list: # for the shell's completion
+    "The runs of this checkout whose names begin so."
+    return sorted(p.stem for p in Path("runs").glob("R*.yaml") if p.stem.startswith(incomplete.upper()))
+
+Scale = Annotated[Optional[str], typer.Option(help="smoke, desk or paper.", autocompletion=lambda: ["smoke", "desk", "paper"])]
 
 @command
-def run(call:Call, id:Annotated[str, typer.Argument(metavar="RUN", help="R01 … R24.")], scale:Scale=None, seed:Optional[int]=None,
+def run(call:Call, id:Annotated[str, typer.Argument(metavar="RUN", help="R01 … R24.", autocompletion=run_names)], scale:Scale=None, seed:Optional[int]=None,
         dry_run:Annotated[bool, typer.Option("--dry-run", help="Show the configuration against its base, run nothing.")]=False):
     "One of the 24 runs, as an executed notebook."
     from arxiv_study.study.executor import execute_study
@@ -430,6 +434,34 @@ def docs(call:Call, out:Annotated[Path, typer.Option(help="Where the site goes."
 def lab(call:Call):
     "Open JupyterLab on the notebooks."
     _become(sys.executable, "-m", "jupyterlab", str(_repository("nbs/index.ipynb")/"nbs"))
+
+# %% ../nbs/90_cli.ipynb #bdbd0f0e
+EXAMPLES = dict(
+    doctor="arxiv-study doctor --arxiv /data/arxiv",
+    miniature="arxiv-study miniature my-arxiv --papers 200",
+    fetch="arxiv-study fetch /data/arxiv --category math.AG --max 200 --licence cc",
+    corpus="arxiv-study corpus --arxiv /data/arxiv --out corpus --workers 4",
+    tokenizer="arxiv-study tokenizer --text corpus --out tokenizer --vocab-size 8192",
+    pack="arxiv-study pack --text corpus --tokenizer tokenizer --out shards",
+    train="arxiv-study train work/runs/smoke/R03/s0/config.json --out my-run --ranks 2",
+    evaluate="arxiv-study evaluate work/runs/smoke/R03/s0 --split test",
+    export="arxiv-study export work/runs/smoke/R03/s0 my-model --dtype bf16",
+    generate="arxiv-study generate work/runs/smoke/R03/s0 --prompt 'We prove that' --tokens 40",
+    plan="arxiv-study plan --gpus 8 --gpu h100-80gb --price 2.5",
+    rehearse="arxiv-study rehearse --nodes 4 --cores 16 --storage object",
+    run="arxiv-study run R07 --scale desk --dry-run",
+    study="arxiv-study study --arxiv /data/arxiv --scale desk --only R01,R03 --seeds 3",
+    report="arxiv-study report --scale desk --keep runs/results/desk",
+    fit="arxiv-study fit points.csv --flops 1e20 --json",
+    docs="arxiv-study docs --out _site",
+    lab="arxiv-study lab") | {"yield": "arxiv-study yield corpus --html yield.html"}
+
+def with_examples(app:typer.Typer):
+    "Put an example below the help of each command."
+    for c in app.registered_commands:
+        c.epilog = f"Example: `{EXAMPLES[c.name or c.callback.__name__]}`"
+
+with_examples(app)
 
 # %% ../nbs/90_cli.ipynb #840f040c
 def main():
