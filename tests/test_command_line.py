@@ -106,6 +106,14 @@ def test_usage_is_exit_2():
     answer = call("corpus", "--no-such-option")
     assert answer.returncode == 2 and "no-such-option" in answer.stderr and "Traceback" not in answer.stderr
 
+@pytest.mark.parametrize("typed, offered", [("st", {"study"}), ("fit --dr", {"--draws"}), ("run R0", {f"R0{k}" for k in range(1, 10)}), ("study --scale ", {"smoke", "desk", "paper"})])
+def test_the_shell_completes(typed, offered):
+    "What the completion of bash asks, and what it is told."
+    words = f"arxiv-study {typed}"
+    asks = os.environ | dict(_ARXIV_STUDY_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split(" ")) - 1))
+    answer = subprocess.run([Path(sys.executable).parent/"arxiv-study"], cwd=ROOT, capture_output=True, text=True, timeout=60, env=asks)
+    assert set(answer.stdout.split()) == offered, answer.stderr
+
 def test_interrupt_leaves_nothing_half_written(tmp_path):
     "SIGINT to the whole group, as a terminal sends it, while the corpus is being built."
     from arxiv_study.corpus.miniature import write_miniature
