@@ -31,7 +31,7 @@ def _terms(text: str) -> tuple[str, ...]:
 
 @lru_cache(None)
 def zipf_weights(n: int, shift: float = 2) -> tuple[float, ...]:  # cumulative
-    "Cumulative weights of Zipf's law, flattened at the head as Mandelbrot proposed: 1/(rank + shift)."
+    "Cumulative weights of Zipf's law, flattened at the head as Mandelbrot proposed: 1/(rank + shift), ranks from 0."
     return tuple(accumulate(1/(rank + shift) for rank in range(n)))
 
 
