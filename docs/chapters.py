@@ -252,11 +252,12 @@ def shown(source, outputs, tags, summary=None):
     return nbformat.v4.new_code_cell(source, outputs=outputs, metadata=metadata)
 
 def documentation(cell, level:int, chapter, links):
-    "`show_doc` output as prose: an anchor spelled like the name (docutils would turn `_` into `-`), a heading, the signature."
+    "`show_doc` output as prose: an anchor spelled like the name (MyST's own is in lower case and without dots), a heading, the signature."
     name = cell.source[len("show_doc("):-1]
     text = "".join(next(o["data"]["text/markdown"] for o in cell.outputs if "text/markdown" in o.get("data", {})))
     body = re.split(r"^#{1,6} .*$", text, maxsplit=1, flags=re.M)[-1].strip()
-    head = f'<span class="anchor" id="{name}"></span>\n\n{"#" * level} `{name}`\n\n'
+    anchor = "" if re.fullmatch(r"[a-z][a-z0-9_]*", name) else f'<span class="anchor" id="{name}"></span>\n\n'
+    head = f'{anchor}{"#" * level} `{name}`\n\n'
     return nbformat.v4.new_markdown_cell(head + links.rewrite(tidy_signature(body, name), chapter))
 
 def tidy_signature(markdown:str, name:str)->str:

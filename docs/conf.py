@@ -16,7 +16,7 @@ nb_merge_streams = True
 nb_output_stderr = "show"
 nb_number_source_lines = False
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "attrs_inline", "attrs_block", "deflist"]
-myst_heading_anchors = 3
+myst_heading_anchors = 4
 
 html_theme = "pydata_sphinx_theme"
 html_title = "arxiv_study"
