@@ -70,7 +70,7 @@ def _flows(table:pl.DataFrame, what:str="papers")->list[tuple[str,str,int,str]]:
         here = after
     return [(s, "kept" if t == here else t, n, c) for s, t, n, c in flows if n]
 
-# %% ../../nbs/corpus/14_yield.ipynb #3a11a39d
+# %% ../../nbs/corpus/14_yield.ipynb #72508b8c
 def _amounts(ledger:pl.DataFrame, measure:str)->pl.DataFrame: # see `yield_table`
     "What became of the papers, with the sums of a column in their place."
     table = yield_table(ledger)
@@ -78,11 +78,18 @@ def _amounts(ledger:pl.DataFrame, measure:str)->pl.DataFrame: # see `yield_table
     sums = ledger.group_by(pl.col("reason").fill_null("kept")).agg(papers=pl.col(measure).sum().cast(pl.Int64))
     return table.drop("papers").join(sums, on="reason", how="left", maintain_order="left")
 
+def _by_stage(table:pl.DataFrame)->pl.DataFrame:
+    "What leaves at each stage, whatever for."
+    name = pl.when(pl.col("reason") == "kept").then(pl.col("reason")).otherwise(pl.format("lost at {}", pl.col("stage")))
+    return table.group_by("stage", reason=name, maintain_order=True).agg(pl.col("papers").sum())
+
 def yield_sankey(ledger:pl.DataFrame,
-                 measure:str="papers" # or a column that is added up, such as tex_bytes
+                 measure:str="papers", # or a column that is added up, such as tex_bytes
+                 by:str="reason" # what leaves in one band: a reason, or a whole stage
                 )->go.Figure:
     "Papers through the stages, or what they hold: what goes on, and what leaves for which reason."
     table, what = _amounts(ledger, measure), measure.replace("_", " ")
+    if by == "stage": table = _by_stage(table)
     total, flows, kept = table["papers"].sum(), _flows(table, what), table.filter(pl.col("reason") == "kept")["papers"].sum()
     names = list(dict.fromkeys(n for s, t, *_ in flows for n in (s, t)))
     into = {t: n for _, t, n, _ in flows}
@@ -93,7 +100,7 @@ def yield_sankey(ledger:pl.DataFrame,
         link=dict(source=[names.index(s) for s, *_ in flows], target=[names.index(t) for _, t, *_ in flows], value=[n for *_, n, _ in flows],
                   color=["rgba(0,114,178,.3)" if c == BLUE else "rgba(213,94,0,.35)" for *_, c in flows])))
     worst = table.filter((pl.col("reason") != "kept") & (pl.col("papers") == pl.col("papers").filter(pl.col("reason") != "kept").max()))
-    because = "" if not len(worst) else f"; the largest loss is {worst['reason'][0].replace('_', ' ')}, {worst['papers'][0]:,}" if len(worst) == 1 else f"; no reason takes more than {worst['papers'][0]:,}"
+    because = "" if not len(worst) else f"; the largest loss is {worst['reason'][0].replace('_', ' ').removeprefix('lost ')}, {worst['papers'][0]:,}" if len(worst) == 1 else f"; no reason takes more than {worst['papers'][0]:,}"
     figure.update_layout(title=f"{kept:,} of {total:,} {what} {'become text' if measure == 'papers' else 'are kept'}{because}", height=560, margin=dict(l=10, r=10, t=60, b=20), template="plotly_white")
     figure.layout.meta = {"alt": f"Sankey diagram of {total:,} {what}: {kept:,} are kept, the others leave at " + ", ".join(f"{s} ({n:,})" for s, n in _per_stage(table)) + "."}
     return figure
