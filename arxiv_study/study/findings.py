@@ -241,13 +241,14 @@ def _events(evidence:Evidence, runs)->tuple: # events, steps
     r = evidence.results.filter(pl.col("run").is_in(list(runs)))
     return int(r["spikes"].fill_null(0).sum()) + int((r["outcome"] == "diverged").sum() or 0), int(r["steps"].fill_null(0).sum())
 
-# %% ../../nbs/study/07_findings.ipynb #8698dd7d
+# %% ../../nbs/study/07_findings.ipynb #de134846
 def stability_finding(evidence:Evidence, judged:list)->Finding:
     "Is training on fresh tokens stabler than on repeated ones?"
     (more, steps), (fewer, steps_against) = _events(evidence, ("R06", "R08")), _events(evidence, ("R01", "R07"))
     ratio, decided = rate_verdict(more, steps, fewer, steps_against)
     overfit = _contrast(judged, "R06", "R01")
-    cost = f"; repeating costs {_signed(overfit.effect)} bits per byte, which is overfitting and no instability" if overfit and overfit.effect is not None else ""
+    known = overfit is not None and overfit.effect is not None
+    cost = f"; R06 ends {_signed(overfit.effect)} bits per byte from R01{', which is overfitting and no instability' if overfit.effect > 0 else ''}" if known else ""
     here = f"{more} events in {steps} steps with repeated tokens, {fewer} in {steps_against} with fresh ones{cost}"
     why = "fewer than 5 events" if ratio is None else f"rate ratio {ratio:.1f}"
     if decided == NOT_SUPPORTED and not control_hurts(judged): decided, why = CANNOT_TELL, "the positive control R17 does not hurt, so this scale shows no instability"
