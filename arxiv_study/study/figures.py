@@ -121,7 +121,7 @@ def preprocessing_figure(results:pl.DataFrame, usable:dict, # run -> usable toke
     right = dict(title="held-out bits per byte", overlaying="y", side="right", showgrid=False, rangemode="normal", tickmode="auto", tickformat=".2f") # else its ticks are set where the left ones are
     return fig.update_layout(yaxis2=right, xaxis_tickangle=0, legend=dict(orientation="h", y=1.02, yanchor="bottom", x=0), margin=dict(r=70, t=110), height=460)
 
-# %% ../../nbs/study/08_figures.ipynb #bdce4453
+# %% ../../nbs/study/08_figures.ipynb #60874cd5
 def tokenizer_figure(results:pl.DataFrame, bytes_per_token:dict, # run -> bytes a token
                      runs:dict)->go.Figure:
     "Held-out loss against compression."
@@ -129,7 +129,7 @@ def tokenizer_figure(results:pl.DataFrame, bytes_per_token:dict, # run -> bytes 
     if len(ids) < 2: return missing("tokenizer", "R03 and R13 to R16")
     mean, fig = _means(results, ids), go.Figure()
     for k, i in enumerate(ids):
-        fig.add_scatter(x=[bytes_per_token[i]], y=[mean[i]], name=f"{i} {changed(runs[i])}", mode="markers+text", text=[i], textposition="top center",
+        fig.add_scatter(x=[bytes_per_token[i]], y=[mean[i]], name=f"{i} {changed(runs[i])}", mode="markers+text", text=[i], textposition=("top center", "bottom center")[k % 2], # neighbours may stand close
                         marker=dict(size=13, symbol=MARKERS[k], color=COLOURS[k]), hovertemplate="%{x:.2f} bytes a token<br>%{y:.3f} bits per byte")
     best = min(ids, key=mean.get)
     lead = sorted(mean.values())[1]-mean[best]
