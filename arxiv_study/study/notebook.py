@@ -6,12 +6,12 @@
 __all__ = ['cell', 'table_html', 'frame', 'heading', 'difference_rows', 'yield_rows', 'tokenizer_rows', 'Live', 'curve_svg',
            'loss_figure', 'event_rows', 'time_rows', 'heldout_rows', 'sample_rows', 'statement']
 
-# %% ../../nbs/study/09_notebook.ipynb #a34a7c05
+# %% ../../nbs/study/09_notebook.ipynb #edfef34d
 import html, math
 from pathlib import Path
 import plotly.graph_objects as go
 import polars as pl
-from IPython.display import HTML, display
+from IPython.display import HTML, Markdown, display
 from ..corpus.pipeline import open_ledger
 from ..corpus.yields import yield_table
 from ..progress import duration
@@ -21,14 +21,14 @@ from .figures import COLOURS, DASHES, styled
 from .results import load_events, load_result, load_steps
 from .runs import changed, flat
 
-# %% ../../nbs/study/09_notebook.ipynb #65433ffa
+# %% ../../nbs/study/09_notebook.ipynb #55dc314d
 def cell(value)->str:
     "A value as a person reads it."
     if value is None: return "–"
     if isinstance(value, bool): return str(value).lower()
     if isinstance(value, int): return f"{value:,}"
-    if isinstance(value, float): return f"{value:.3g}" if 0 < abs(value) < .1 else f"{value:,.3f}" if abs(value) < 100 else f"{value:,.0f}"
-    return ", ".join(map(cell, value)) if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(value, float): return f"{value:.3g}" if 0 < abs(value) < .1 or abs(value) >= 1e9 else f"{value:,.3f}" if abs(value) < 100 else f"{value:,.0f}"
+    return ", ".join(map(cell, value)) or "–" if isinstance(value, (list, tuple)) else str(value)
 
 def table_html(rows:list, # of dicts with equal keys
                caption:str="")->str:
@@ -100,7 +100,7 @@ def curve_svg(values:list, width:int=480, height:int=80)->str:
     points = " ".join(f"{width*i/(len(finite)-1):.1f},{height*(high-v)/((high-low) or 1):.1f}" for i, v in enumerate(finite))
     return f'<svg role="img" aria-label="loss from {finite[0]:.2f} to {finite[-1]:.2f}" viewBox="-2 -2 {width+4} {height+4}" width="{width}"><polyline points="{points}" fill="none" stroke="{COLOURS[0]}" stroke-width="2"/></svg>'
 
-# %% ../../nbs/study/09_notebook.ipynb #20416a6b
+# %% ../../nbs/study/09_notebook.ipynb #e6be58c2
 def loss_figure(page:Page)->go.Figure:
     "Loss and gradient norm over tokens."
     steps, fig = load_steps(page.folder), go.Figure()
@@ -109,7 +109,7 @@ def loss_figure(page:Page)->go.Figure:
     y = steps["bits_per_byte"].drop_nulls()
     title = f"{page.run.id}: from {y[0]:.2f} to {y[-max(1, len(y)//10):].mean():.2f} bits per byte in {steps['tokens'].max():,} tokens" if len(y) else f"{page.run.id}: no step was recorded"
     styled(fig, title, f"Training loss and gradient norm over tokens. {title}.", "tokens served", "training loss, bits per byte")
-    return fig.update_layout(yaxis2=dict(title="gradient norm", overlaying="y", side="right", showgrid=False, rangemode="tozero"), legend=dict(orientation="h", y=1.1), margin=dict(r=64))
+    return fig.update_layout(yaxis2=dict(title="gradient norm", overlaying="y", side="right", showgrid=False, rangemode="tozero", tickmode="auto"), legend=dict(orientation="h", y=1.02, yanchor="bottom", x=0), margin=dict(r=64, t=90))
 
 def event_rows(page:Page)->list:
     "Spikes, divergence and evaluations."

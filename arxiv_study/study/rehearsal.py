@@ -27,11 +27,11 @@ from ..settings import StudyError
 from ..storage import read_json
 from ..tokens.devices import StorageClass, storage_class
 
-# %% ../../nbs/study/13_rehearsal.ipynb #a57d5a78
+# %% ../../nbs/study/13_rehearsal.ipynb #b3a7bef0
 @dataclass(frozen=True)
 class Shape:
     "What goes through the pipeline"
-    tars: tuple # bytes of each
+    tars: tuple = field(repr=False) # bytes of each; nobody reads thousands of them
     tex_bytes: float # in all of them, unpacked
     text_bytes: float # kept
     papers: int # with a source

@@ -164,12 +164,12 @@ def scrolled(rows:list, label:str, caption:str="")->str:
     "A table that scrolls by itself where it is wide."
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(label, quote=True)}">{table_html(rows, caption)}</div>'
 
-# %% ../../nbs/study/12_report.ipynb #5a8f0829
+# %% ../../nbs/study/12_report.ipynb #3670befe
 def finding_html(row:dict)->str: # of `finding_rows`
     "One finding: its verdict, then statement, measurement, reason, rule and command."
     words = {"the paper says": "The paper says", "here": "This scale shows", "because": "Verdict because", "rule": "Rule"}
     pairs = "".join(f"<dt>{label}</dt><dd>{html.escape(row[key])}</dd>" for key, label in words.items())
-    return (f'<article class="finding"><h3>{html.escape(row["finding"])} <span class="verdict">{html.escape(row["verdict"])}</span></h3>'
+    return (f'<article class="finding"><h3>{html.escape(row["finding"])}: <span class="verdict">{html.escape(row["verdict"])}</span></h3>'
             f'<dl>{pairs}<dt>Repeat</dt><dd><code>{html.escape(row["repeat"])}</code></dd></dl></article>')
 
 # %% ../../nbs/study/12_report.ipynb #a84f23f5
