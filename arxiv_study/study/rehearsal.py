@@ -536,7 +536,7 @@ def timeline_title(rehearsal:Rehearsal)->str:
     before = [h[-1].begin_s/3600 for h in rehearsal.histories]
     return f"From the first tar to the last step in {middle:.1f} days ({low:.1f} to {high:.1f}); data is ready after {statistics.median(before):.0f} h"
 
-# %% ../../nbs/study/13_rehearsal.ipynb #f1a020f9
+# %% ../../nbs/study/13_rehearsal.ipynb #5a0a5754
 def _bars(rows:list[dict], unit_h:float, seen:set)->list:
     "A bar a stage; each resource stands in the legend once"
     import plotly.graph_objects as go
@@ -558,7 +558,7 @@ def timeline_figure(rehearsal:Rehearsal): # go.Figure
     for bar in _bars(rows[:-1], 1, seen): figure.add_trace(bar, 1, 1)
     for bar in _bars(rows, 24, seen): figure.add_trace(bar, 1, 2)
     figure.update_yaxes(autorange="reversed").update_xaxes(title="hours", row=1, col=1).update_xaxes(title="days", row=1, col=2)
-    figure.update_layout(template="plotly_white", barmode="overlay", height=430, title=dict(text=title.replace("; ", ";<br>"), x=0, xanchor="left", font_size=15), legend=dict(title="waits for", orientation="h", y=-.22))
+    figure.update_layout(template="plotly_white", barmode="overlay", height=480, title=dict(text=title.replace("; ", ";<br>"), x=0, xanchor="left", font_size=15), legend=dict(title="waits for", orientation="h", x=0, y=-.28, yanchor="top"), margin_b=110)
     figure.layout.meta = {"alt": f"Timeline of {', '.join(STAGES[:-1])} and {STAGES[-1]}, in hours for the first five and in days for all. {title}."}
     return figure
 
