@@ -37,7 +37,7 @@ def merges(tokenizer:Tokenizer)->list: # of [left, right], the first to be joine
     ranked = sorted((piece for piece in learned if len(piece) > 1), key=lambda piece: -learned[piece])
     return [[w[:k], w[k:]] for w in ranked for k in range(1, len(w)) if w[:k] in learned and w[k:] in learned]
 
-# %% ../../nbs/tokens/05_exchange.ipynb #a5bbf745
+# %% ../../nbs/tokens/05_exchange.ipynb #fa446731
 def fast_tokenizer(tokenizer:Tokenizer)->dict: # the content of tokenizer.json
     "A tokenizer in the format of the `tokenizers` library."
     if tokenizer.config.kind != "bpe": raise StudyError(f"a tokenizer of kind {tokenizer.config.kind} has no exact form in tokenizer.json; export one of kind bpe")
@@ -49,7 +49,7 @@ def fast_tokenizer(tokenizer:Tokenizer)->dict: # the content of tokenizer.json
         normalizer=dict(type="Sequence", normalizers=[*(_replace(*e) for e in escapes), _replace(" ", SPACE)]),
         pre_tokenizer=dict(type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False),
         decoder=dict(type="Sequence", decoders=[_replace(SPACE, " "), dict(type="ByteFallback"), dict(type="Fuse"), *(_replace(b, a) for a, b in reversed(escapes))]),
-        model=dict(type="BPE", dropout=None, unk_token="<unk>", continuing_subword_prefix=None, end_of_word_suffix=None, fuse_unk=False, byte_fallback=True,
+        model=dict(type="BPE", dropout=None, unk_token=names[0], continuing_subword_prefix=None, end_of_word_suffix=None, fuse_unk=False, byte_fallback=True,
                    ignore_merges=True, vocab={n: i for i, n in enumerate(names)}, merges=merges(tokenizer)))
 
 # %% ../../nbs/tokens/05_exchange.ipynb #99bbcda5
