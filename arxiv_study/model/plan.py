@@ -191,7 +191,7 @@ def update_bytes(
     largest = max(config.vocab_size, config.d_ffn) * config.d_model
     return 1.0, (0 if recipe.precision == "fp32" else 4 * n) + (8 * largest if cpu else 4 * group)
 
-# %% ../../nbs/model/14_plan.ipynb #ec9ed3aa
+# %% ../../nbs/model/14_plan.ipynb #0aa3ba9e
 PARTS = ("weights", "gradients", "optimizer", "buckets", "activations", "logits", "working")
 
 
@@ -210,14 +210,16 @@ def memory_moments(
     return [dict(moment=m["moment"]) | {k: m.get(k, state.get(k, 0)) for k in PARTS} for m in found]
 
 
-def total(moment: dict) -> int: return sum(moment[k] for k in PARTS)
+def total(moment: dict) -> int:  # bytes
+    "All parts of a moment together"
+    return sum(moment[k] for k in PARTS)
 
 
 def peak_memory(config: ModelConfig, recipe: Recipe, n_devices: int, device: Device, accumulated: bool | None = None) -> dict:
     "The moment that needs most"
     return max(memory_moments(config, recipe, n_devices, device, accumulated), key=total)
 
-# %% ../../nbs/model/14_plan.ipynb #c4afab31
+# %% ../../nbs/model/14_plan.ipynb #f9cfcbac
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#999999", "#E69F00", "#D55E00", "#CC79A7")  # of Okabe and Ito: with any colour vision
 PATTERNS = ("", "/", "\\", "x", "-", ".", "+")
 
@@ -238,7 +240,7 @@ def memory_figure(
     fit = {size: sum(total(p) < size * 1e9 for p in peaks.values()) for size in sizes_gb}
     title = f"Of {len(peaks)} ways to train, " + " and ".join(f"{'all' if k == len(peaks) else k or 'none'} fit {size:g} GB" for size, k in fit.items())
     return _finished(figure, title, f"Stacked bars of one device's memory at the worst moment of a step, one bar for each of {len(peaks)} ways to train. {title}.").update_layout(
-        barmode="stack", xaxis_title="memory of one device (GB)", yaxis=dict(autorange="reversed"), legend=dict(orientation="h", y=-0.2, traceorder="normal"))
+        barmode="stack", xaxis_title="memory of one device (GB)", yaxis=dict(autorange="reversed"), height=520, legend=dict(orientation="h", y=-0.3, traceorder="normal"))
 
 
 def _finished(figure, title: str, alt: str):
@@ -386,7 +388,7 @@ def _binding_title(table: list[dict]) -> str:
     talks = [r["gpus"] for r in table if r["binds"] == "communication"]
     return ("Storage binds " + ", ".join(said) if said else "Storage never binds") + "; " + (f"communication from {min(talks)} GPUs" if talks else "communication never")
 
-# %% ../../nbs/model/14_plan.ipynb #3ef2512b
+# %% ../../nbs/model/14_plan.ipynb #3efbd682
 def binding_figure(
     table: list[dict],  # from binding_table
 ):  # go.Figure
@@ -394,15 +396,15 @@ def binding_figure(
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
     sources, contexts = (list(dict.fromkeys(r[k] for r in table)) for k in ("source", "context"))
-    figure = make_subplots(len(sources), len(contexts), shared_xaxes=True, shared_yaxes=True, horizontal_spacing=0.03, vertical_spacing=0.12,
-                           subplot_titles=[f"{s}, context {c:,}" for s in sources for c in contexts])
+    figure = make_subplots(len(contexts), len(sources), shared_xaxes=True, shared_yaxes=True, horizontal_spacing=0.03, vertical_spacing=0.08,
+                           subplot_titles=[f"{s}, context {c:,}" for c in contexts for s in sources])
     for i, source in enumerate(sources, 1):
-        for j, context in enumerate(contexts, 1): figure.add_trace(_binding_map([r for r in table if r["source"] == source and r["context"] == context]), i, j)
+        for j, context in enumerate(contexts, 1): figure.add_trace(_binding_map([r for r in table if r["source"] == source and r["context"] == context]), j, i)
     for name, (colour, letter) in RESOURCES.items(): figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=f"{letter}: {name}", marker=dict(color=colour, symbol="square", size=12)))
     title = _binding_title(table)
-    figure.update_xaxes(title="GPUs", row=len(sources)).update_yaxes(title="storage (MB/s)", col=1)
+    figure.update_xaxes(type="category").update_yaxes(type="category").update_xaxes(title="GPUs", row=len(contexts)).update_yaxes(title="storage (MB/s)", col=1)
     return _finished(figure, title, f"Maps of the binding resource over GPUs and storage bandwidth, one for each of {len(contexts)} lengths of sequence and {len(sources)} sources of tokens. {title}.").update_layout(
-        height=560, legend=dict(orientation="h", y=-0.14))
+        height=240 + 180 * len(contexts), legend=dict(orientation="h", y=-0.3 / len(contexts)))
 
 # %% ../../nbs/model/14_plan.ipynb #b70fb4be
 def _row(part, quantity, value, unit): return dict(part=part, quantity=quantity, value=value, unit=unit)
