@@ -138,7 +138,7 @@ def places(self:PackedRows, rows:np.ndarray # int64 [n]: numbers of windows
     a, b = np.maximum(begin[row], self.starts[place]), np.minimum(end[row], self.ends[place])
     return Segments(row, a - begin[row], place, a - self.starts[place], b - self.starts[place])
 
-# %% ../../nbs/tokens/06_rows.ipynb #66491a77
+# %% ../../nbs/tokens/06_rows.ipynb #cc36188c
 class Lookup:
     "Rows that were looked up together, ready to be read in stretches."
     def __init__(self, rows, # PackedRows or PaddedRows
@@ -160,7 +160,9 @@ class Lookup:
         return self.targets_before[j] - self.targets_before[i], self.bytes_before[b] - self.bytes_before[a], b - a
 
 @patch
-def n_targets_of(self:PackedRows, rows:np.ndarray)->np.ndarray: return np.full(len(rows), self.context)
+def n_targets_of(self:PackedRows, rows:np.ndarray)->np.ndarray: # int64, one a row
+    "How many tokens each window predicts: all of them."
+    return np.full(len(rows), self.context)
 
 # %% ../../nbs/tokens/06_rows.ipynb #09d69ed2
 DENSITY_STEPS = 1 << 16 # a density of 1, as a whole number
