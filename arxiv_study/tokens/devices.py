@@ -71,10 +71,12 @@ class RemoteTokens:
         parts = [self.block(k)[max(0, a - k*BLOCK):b - k*BLOCK] for k in range(a // BLOCK, -(-b // BLOCK))]
         return np.concatenate(parts or [np.zeros(0, np.uint8)]).view(self.dtype)
 
-# %% ../../nbs/tokens/04_devices.ipynb #44ffb222
+# %% ../../nbs/tokens/04_devices.ipynb #4487583d
 SMALL_FILES = ("shards.json", "papers.parquet", "config.json", "tokenizer.model", "report.json") # beside them the .idx files
 
-def is_remote(folder)->bool: return "://" in str(folder)
+def is_remote(folder)->bool:
+    "Whether shards are named by an address, not by a folder."
+    return "://" in str(folder)
 
 def localized(url:str, # folder of shards, as fsspec names it
               cache:Path # a local folder
