@@ -170,7 +170,8 @@ def execute(chapter:Chapter, # what to run
 def kernel_environment(root:Path)->dict:
     "Figures as data, this checkout's library, one thread a kernel because kernels run side by side."
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PLOTLY_RENDERER": "plotly_mimetype", "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    return {**os.environ, "PLOTLY_RENDERER": "plotly_mimetype", "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100",
+            "POLARS_FMT_TABLE_HIDE_COLUMN_DATA_TYPES": "1", "POLARS_FMT_TABLE_HIDE_DATAFRAME_SHAPE_INFORMATION": "1"}
 
 def failure(chapter:Chapter, nb, error)->str:
     "Notebook, cell number as JupyterLab counts them, the cell's first line and the error's last."
@@ -267,10 +268,34 @@ def tidy_signature(markdown:str, name:str)->str:
     first, *rest = doc.split("\n", 1)
     if len(first) > 2 and first.startswith("*") and first.endswith("*") and not first.startswith("**"): first = first[1:-1]
     code = re.sub(r" at 0x[0-9a-f]+", "", code).replace("__main__.", "")
-    code = re.sub(r"(?<=[:>\[|, ])(?:[a-z_]\w*\.)+(?=[A-Z])", "", code) # pathlib.Path and longer paths: the class says it
+    code = "\n".join(map(short_annotations, code.split("\n")))
     if name[0].isupper() and "." not in name: code = re.sub(rf"^def {name}\(", f"class {name}(", code, flags=re.M)
     if re.search(r"\(\s*\*args, \*\*kw(d|arg)s\s*\)", code): code = ""
     return "\n\n".join(p for p in (code, "\n".join([first, *rest])) if p.strip())
+
+LONGEST_DEFAULT = 60 # characters; a table of rules is read where it is defined
+
+def short_annotations(line:str)->str:
+    "A line of a signature without the modules of its types, and with long defaults by their class alone; its comment as it is."
+    code, mark, comment = line.partition("#")
+    code = re.sub(r"(?<=[:>\[|, ])(?:[a-z_]\w*\.)+(?=[A-Z])", "", code) # pathlib.Path and longer paths: the class says it
+    code = re.sub(r":(NoneType|builtin_function_or_method|function)(?==|,|\))", "", code) # a type that fastcore took from the default
+    return shorter_defaults(code) + mark + comment
+
+def shorter_defaults(code:str)->str:
+    "`=Rules(a=1, …)` as `=Rules(…)` where it is long."
+    for m in reversed(list(re.finditer(r"(?<==)([A-Z]\w*|(?=[\[{(]))[(\[{]", code))):
+        end = closing(code, m.end() - 1)
+        if end - m.start() > LONGEST_DEFAULT: code = code[:m.end()] + "…" + code[end:]
+    return code
+
+def closing(code:str, at:int)->int: # where the bracket at `at` closes; the end where it does not
+    "The place of the bracket that closes another."
+    depth = 0
+    for k in range(at, len(code)):
+        depth += (code[k] in "([{") - (code[k] in ")]}")
+        if depth == 0: return k
+    return len(code)
 
 def title_block(source:str, chapter:Chapter)->str:
     "H1, the subtitle as a lead paragraph, and where the chapter lives."
@@ -317,6 +342,9 @@ def figure(fig:dict)->str:
             f'<details class="plot-table"><summary>Table behind the figure</summary></details></figure>')
 
 
+def is_plain_word(m)->bool: return m[1].isalpha() and m[1].islower() and not m[2] # `run` or `total`, which other rooms have too; `run()` is the function
+
+
 class Links:
     "Turns `name` into a link to its documentation, and links between notebooks into links between pages."
     def __init__(self, chapters:list[Chapter], root:Path):
@@ -337,7 +365,7 @@ class Links:
     def symbol(self, m, chapter):
         found = self.where.get(m[1], [])
         found = [c for c in found if c is chapter] or found
-        if len(found) != 1: return m[0]
+        if len(found) != 1 or is_plain_word(m) and found[0].rel.parent != chapter.rel.parent: return m[0]
         page = "" if found[0] is chapter else relative(found[0].page, chapter.page) + ".html"
         return f'<a class="symbol" href="{page}#{m[1]}"><code>{m[1]}{m[2] or ""}</code></a>'
 

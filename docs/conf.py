@@ -13,6 +13,7 @@ templates_path = ["_templates"]
 
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # CommonMark has no tables
 nb_output_stderr = "show"
 nb_number_source_lines = False
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "attrs_inline", "attrs_block", "deflist"]

@@ -63,7 +63,7 @@
     ? [["from", trace.link.source.map(i => trace.node.label[i])], ["to", trace.link.target.map(i => trace.node.label[i])], ["value", trace.link.value]]
     : [["x", trace.x], ["y", trace.y], ["z", trace.z], ["label", trace.labels], ["value", trace.values], ["text", trace.type === "scatter" ? null : trace.text]]
       .concat(trace.error_y?.array ? [["± y", trace.error_y.array]] : []).filter(([, v]) => v && v.length && typeof v !== "string");
-  const number = v => typeof v === "number" ? (Number.isInteger(v) ? String(v) : v.toPrecision(5)) : Array.isArray(v) || ArrayBuffer.isView(v) ? [...v].map(number).join(" ") : String(v ?? "");
+  const number = v => typeof v === "number" ? (Number.isInteger(v) ? String(v) : v.toPrecision(5)) : Array.isArray(v) || ArrayBuffer.isView(v) ? [...v].map(number).join(" ") : String(v ?? "").replace(/<[^>]+>/g, " ");
   const axisName = (layout, key, fallback) => (layout[key]?.title?.text || fallback).replace(/<[^>]+>/g, " ");
   const tabulate = (details, canvas) => {
     const full = canvas._fullData.map((t, i) => ({ ...canvas.data[i], ...{ name: t.name, x: t.x, y: t.y, z: t.z, type: t.type, visible: t.visible } }))
@@ -111,6 +111,12 @@
     };
     document.head.append(script);
   }
+
+  // Text in a data frame stands left and without quotes; a table drawn with lines keeps its lines.
+  for (const td of document.querySelectorAll("table.dataframe td")) {
+    if (/^".*"$/s.test(td.textContent) && !td.children.length) { td.textContent = td.textContent.slice(1, -1); td.classList.add("text"); }
+  }
+  for (const pre of document.querySelectorAll("div.cell_output pre")) if (/[┌┏╭]/.test(pre.textContent)) pre.classList.add("drawn");
 
   // Tables of facts and data frames sort by a click on a column's head, and again the other way; a table with merged cells stays as it is.
   const value = cell => {
