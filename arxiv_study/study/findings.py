@@ -173,11 +173,11 @@ def worth_words(found:dict)->str:
     if not found: return ""
     return "; what a pass over each variant teaches, as a share of R03's tokens: " + ", ".join(f"{run} " + (f"{low:.0%}" if low == high else f"more than {low:.0%}" if low else f"less than {high:.0%}") for run, (low, high) in found.items())
 
-# %% ../../nbs/study/07_findings.ipynb #af23eaef
+# %% ../../nbs/study/07_findings.ipynb #65c1bc40
 def yield_finding(evidence:Evidence)->Finding:
     "Does preprocessing decide over up to 30 % of the tokens?"
     found = largest_loss(evidence.papers, evidence.groups)
-    rule = "supported if the lower end of the largest loss is at least 15 %, not if the upper end is below"
+    rule = "supported if the lower end of the largest loss is at least 15 %, not if the upper end is below that"
     if found is None: here, verdict, why = "not measured", CANNOT_TELL, "R03 and R09 to R12 are needed"
     else:
         inside = "inside" if found["low"] <= .3 <= found["high"] else "outside"
@@ -225,7 +225,7 @@ def wait_share(steps:pl.DataFrame, # see `load_steps`
     sums = s.group_by((pl.col("until")-WARM-1)//block, maintain_order=True).agg((pl.col("wait_s").fill_null(0)*pl.col("n")).sum(), (pl.col("step_s")*pl.col("n")).sum())
     return bootstrap_share(sums["wait_s"].to_numpy(), sums["step_s"].to_numpy())
 
-# %% ../../nbs/study/07_findings.ipynb #b7608ab2
+# %% ../../nbs/study/07_findings.ipynb #614d48e2
 def storage_finding(evidence:Evidence)->Finding:
     "Does waiting for data rival compute?"
     shares = {run: s for run in ("R03", "R21") if run in evidence.steps and (s := wait_share(evidence.steps[run]))[0] is not None}
@@ -233,7 +233,9 @@ def storage_finding(evidence:Evidence)->Finding:
     worst = max(shares, key=lambda r: shares[r][0]) if shares else None
     here = "; ".join(f"{run} waits {s[0]:.1%} [{s[1]:.1%}, {s[2]:.1%}] of its step time" for run, s in shares.items()) or "not measured"
     decided = threshold_verdict(shares[worst][1], shares[worst][2], 1/3, .1) if worst else CANNOT_TELL
-    verdict, why = limited(evidence, decided, "by the rule" if shares else "R03 and R21 are needed", needs_seeds=False)
+    missing = [run for run in ("R03", "R21") if run not in shares]
+    if missing and decided == NOT_SUPPORTED: decided = CANNOT_TELL  # the one that is missing may wait more
+    verdict, why = limited(evidence, decided, f"without {' and '.join(missing)}" if missing else "by the rule", needs_seeds=False)
     return Finding("Storage and I/O", "Storage and input can limit training as much as compute.", here, verdict, why, rule, "R03,R21,R22")
 
 # %% ../../nbs/study/07_findings.ipynb #ffb20024
