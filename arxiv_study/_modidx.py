@@ -2398,6 +2398,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'arxiv_study/study/notebook.py'),
                                             'arxiv_study.study.notebook.cell': ( 'study/notebook.html#cell',
                                                                                  'arxiv_study/study/notebook.py'),
+                                            'arxiv_study.study.notebook.column': ( 'study/notebook.html#column',
+                                                                                   'arxiv_study/study/notebook.py'),
                                             'arxiv_study.study.notebook.curve_svg': ( 'study/notebook.html#curve_svg',
                                                                                       'arxiv_study/study/notebook.py'),
                                             'arxiv_study.study.notebook.difference_rows': ( 'study/notebook.html#difference_rows',
