@@ -3,7 +3,7 @@
 nbdev's own `proc_nbs` executes every export a second time to render signatures. Here the documentation cells go
 into the notebook before its one execution, so a page costs one kernel and shows what that kernel computed.
 """
-import ast, base64, hashlib, html, json, os, re, sys
+import ast, base64, hashlib, html, json, os, re, sys, threading
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -75,6 +75,8 @@ def read_chapter(source:Path, # notebook
 
 
 # ---- before execution ----
+
+PARSING = threading.Lock() # CPython before 3.11.8 counts the depth of a syntax tree for all threads together, and fails when two parse at once
 
 def with_documentation(chapter:Chapter)->nbformat.NotebookNode: # ready to execute
     "The notebook with a `show_doc` cell after each export, and tags that say what each cell is for the reader."
@@ -148,7 +150,7 @@ def execute(chapter:Chapter, # what to run
     "The executed notebook, from the cache where nothing changed; a failure names notebook and cell."
     kept = work/"executed"/f"{chapter.page.replace('/', '.')}-{execution_key(chapter, root)}.ipynb"
     if kept.exists(): return nbformat.read(kept, as_version=4)
-    nb = with_documentation(chapter)
+    with PARSING: nb = with_documentation(chapter)
     scale = None if finished_runs(chapter) else kept_scale(root)
     if is_run(chapter) and not (finished_runs(chapter) or scale): return without_runs(nb)
     if is_run(chapter): nb = reading_only(nb, scale)
