@@ -90,6 +90,8 @@ def with_documentation(chapter:Chapter)->nbformat.NotebookNode: # ready to execu
 
 def code_cell(source:str, *tags:str): return nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)})
 
+PARAMETERS = "parameters" # papermill's tag
+
 def reader_tags(cell)->list[str]:
     "What nbdev's directives mean for the page: unseen, doc, exported; and for myst-nb: remove-input and the like."
     d = cell.directives
@@ -99,7 +101,7 @@ def reader_tags(cell)->list[str]:
     if d.get("echo") == "false" or "hide_input" in d: tags.append("remove-input")
     if d.get("output") == "false" or "hide_output" in d: tags.append("remove-output")
     if "code-fold" in d: tags.append("hide-input")
-    return tags
+    return tags + [PARAMETERS]*(PARAMETERS in (cell.get("metadata") or {}).get("tags", []))
 
 
 # ---- execution ----
@@ -126,7 +128,7 @@ def kept_scale(root:Path)->str|None:
 def reading_only(nb:nbformat.NotebookNode, scale:str|None=None # that is read; None: as settings.ini says
                 )->nbformat.NotebookNode:
     "A family notebook executes what its workspace lacks; the site only reads."
-    given = next((i + 1 for i, c in enumerate(nb.cells) if "parameters" in c.metadata.get("tags", [])), None)
+    given = next((i + 1 for i, c in enumerate(nb.cells) if PARAMETERS in c.metadata.get("tags", [])), None)
     if scale and given: nb.cells.insert(given, code_cell(f"scale = {scale!r}", "unseen"))
     rule = "from arxiv_study.study.report import open_evidence\nopen_family = lambda family, namespace: open_evidence(namespace)[:2]"
     at = next((i + 1 for i, c in enumerate(nb.cells) if c.cell_type == "code" and "import" in c.source and "open_family" in c.source), None)

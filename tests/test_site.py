@@ -83,6 +83,13 @@ def test_cells_for_nobody_stay_away(site):
     page = read(site, "corpus/showcase.html")
     assert "nobody sees this" not in page and "default_exp" not in page and "show_doc" not in page and "#|" not in page
 
+def test_a_family_page_reads_the_scale_that_was_kept(monkeypatch):
+    monkeypatch.syspath_prepend(REPO/"docs")
+    from chapters import read_chapter, reading_only, with_documentation
+    sources = [c.source for c in reading_only(with_documentation(read_chapter(REPO/"runs"/"size.ipynb", REPO, REPO)), "desk").cells]
+    at = sources.index("scale = 'desk'")
+    assert sources[at - 1].startswith('scale = ""') and any("open_family(" in s for s in sources[at + 1:])
+
 def test_every_reason_has_its_row(site):
     from arxiv_study.corpus.ledger import Reason
     page = read(site, "corpus/reasons.html")
