@@ -287,10 +287,10 @@ def short_annotations(line:str)->str:
     return shorter_defaults(code) + mark + comment
 
 def shorter_defaults(code:str)->str:
-    "`=Rules(a=1, …)` as `=Rules(…)` where it is long."
+    "`=Rules(a=1, …)` as `=Rules(...)` where it is long."
     for m in reversed(list(re.finditer(r"(?<==)([A-Z]\w*|(?=[\[{(]))[(\[{]", code))):
         end = closing(code, m.end() - 1)
-        if end - m.start() > LONGEST_DEFAULT: code = code[:m.end()] + "…" + code[end:]
+        if end - m.start() > LONGEST_DEFAULT: code = code[:m.end()] + "..." + code[end:]
     return code
 
 def closing(code:str, at:int)->int: # where the bracket at `at` closes; the end where it does not
