@@ -187,7 +187,7 @@ def mend_html(out:Path):
     for f in out.rglob("*.html"):
         text = f.read_text(encoding="utf-8")
         text = text.replace('title="Search" aria-label="Search" data-bs', 'aria-label="Search Ctrl+K" data-bs')
-        text = re.sub(r'(<a class="reference internal" href="[^"]*">)([^<]*)(</a>)<details([^>]*)><summary>', r'\1\2\3<details\4><summary aria-label="Chapters of \2">', text)
+        text = re.sub(r'(<a [^>]*class="(?:current )?reference internal" href="[^"]*">)([^<]*)(</a>)<details([^>]*)><summary>', r'\1\2\3<details\4><summary aria-label="Chapters of \2">', text)
         text = re.sub(r"<th>\s*</th>", "<td></td>", text)
         f.write_text(text, encoding="utf-8")
 

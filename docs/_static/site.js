@@ -142,6 +142,13 @@
     });
   }
 
+  // What scrolls can be reached by the keyboard.
+  const reachable = () => {
+    for (const e of document.querySelectorAll("table.facts, mjx-container[display], .bd-article pre, div.cell_output")) if (e.scrollWidth > e.clientWidth) e.tabIndex = 0;
+  };
+  addEventListener("resize", reachable);
+  addEventListener("load", () => { reachable(); window.MathJax?.startup?.promise?.then(reachable); });
+
   // A link to a symbol lands on its folded source too when that is what was asked for.
   const open = () => document.getElementById(decodeURIComponent(location.hash.slice(1)))?.closest("details")?.setAttribute("open", "");
   addEventListener("hashchange", open); open();
