@@ -100,9 +100,9 @@ def check_gpu(driver:str|None, # the CUDA version that the driver serves; None: 
     if toolkit and major(toolkit) != major(built): found.append(Finding("nvcc", toolkit, "note", f"DeepSpeed compiles its own operators only with CUDA {major(built)}; this study uses none of them"))
     return found
 
-# %% ../nbs/05_doctor.ipynb #02fc9fdb
-GIB_WRITTEN = dict(smoke=1.0, desk=3.0) # on the 322 papers of 49 MB that the project is tested with; twice what was measured
-GIB_A_RANK = dict(smoke=0.5, desk=1.0) # resident, at the largest of the sizes
+# %% ../nbs/05_doctor.ipynb #612ef61b
+GIB_WRITTEN = dict(smoke=1.0, desk=3.0)
+GIB_A_RANK = dict(smoke=0.5, desk=1.0) # resident, rounded up
 
 def check_disk(workspace:Path, scale:str, free_gib:float|None=None)->Finding:
     "Whether a whole study fits on the disk of the workspace."
