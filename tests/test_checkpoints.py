@@ -289,7 +289,7 @@ def stopped_at_6(data, root, ranks, **more):
 
 
 ONLY_LOAD = """
-import sys
+import os, sys, torch
 from pathlib import Path
 from arxiv_study.model.configuration import read_run
 from arxiv_study.model.train import Training
@@ -297,6 +297,8 @@ training = Training(read_run(Path(sys.argv[1])), Path(sys.argv[2]))
 training.restore()
 training.metrics = open("/dev/null", "a")
 training.checkpoint("loaded")
+torch.distributed.barrier()
+os._exit(0)  # as a rank of a run ends: while threads of gloo live, the interpreter's own end may abort
 """
 
 def load_and_save(config, folder, ranks):
@@ -306,7 +308,7 @@ def load_and_save(config, folder, ranks):
                  for r in range(ranks)]
     try: said = [p.communicate(timeout=120)[0] for p in processes]
     finally: stop(processes)
-    assert not any(p.returncode for p in processes), said
+    assert not any(p.returncode for p in processes), ([p.returncode for p in processes], *(s[-1500:] for s in said))
     meeting.unlink(missing_ok=True)
 
 
