@@ -1,10 +1,19 @@
-"""Near duplicates against datasketch, what all of arXiv would take, and the search for benchmarks: `python -m benchmarks.duplicates [ARXIV]`."""
-import json, re, string, subprocess, sys, tempfile, time
+"""Near duplicates against datasketch, what all of arXiv would take, and the search for benchmarks: `python -m benchmarks.duplicates [ARXIV]`.
+
+`python -m benchmarks.duplicates --full FOLDER` draws up to 290,000 texts into FOLDER, which takes half an hour of a core and 1.3 GB, finds the planted copies among
+ever more of them, and writes what that took to runs/results/rehearsal/duplicates.csv; with --worlds, 13 GB more, all 2.9 million, as ten times the 290,000 with nothing in common."""
+import json, random, re, string, subprocess, sys, tempfile, time
 from pathlib import Path
 import numpy as np
+import polars as pl
 import rensa
-from arxiv_study.corpus.duplicates import BAND, BOTTOM, N_BANDS, N_PERM, find_duplicates, nominated, overlap, plain, run_hashes, signature, sketch_runs
+from scipy.stats import hypergeom, t as student
+from arxiv_study.corpus.duplicates import BAND, BOTTOM, EMPTY, N_BANDS, N_PERM, find_duplicates, near, nominated, overlap, plain, run_hashes, signature, sketch_runs
 from arxiv_study.corpus.contamination import Contamination, ContaminationRules, find_hits
+from arxiv_study.corpus.miniature import Writer
+from arxiv_study.corpus.pipeline import part_path
+from arxiv_study.storage import read_json, write_json
+from arxiv_study.workers import process_pool
 from .interleaved import bars, medians, table
 
 def rensa_values(hashes): return np.array(rensa.RMinHash.digest_matrix_from_flat_token_hashes(hashes, np.array([0, len(hashes)], np.uint64), N_PERM, 42).to_rows()[0])
@@ -105,6 +114,144 @@ def growth(sizes=(10_000, 40_000, 100_000)):
           f"{np.polyval(fit['seconds'], 2.9e6):.0f} s of one core, {2.9e6*4*(N_BANDS + BOTTOM)/1e9:.1f} GB of rows on disk", flush=True)
     return fit["memory"][0]
 
+PART, EVERY, ALL = 290, 20, 2_900_000 # papers in a part, as 9,547 tars hold them; of so many papers one is planted; all of arXiv
+SIZES = [round(2900*10**(k/2)/PART)*PART for k in range(5)] # to a tenth of all
+PLANTED = ("exact", "near", "near", "near", "alike") # in turn: 1 % of the papers, 3 % and 1 %
+MEASURED = Path(__file__).parents[1]/"runs"/"results"/"rehearsal"/"duplicates.csv"
+
+def drawn(paper):
+    "A text by the miniature's writer: its sections, without preamble and bibliography, and not through LaTeX."
+    rng = random.Random(f"full/{paper}")
+    return "\n".join(text for _, text in Writer(rng, rng.choices(("math", "cs", "physics", "stat"), cum_weights=(38, 66, 88, 100))[0]).plan().sections())
+
+def spoilt(text, J, rng):
+    "A text that shares about J of all runs with this one: words far from each other are replaced, each at the cost of five runs."
+    words = text.split()
+    n = round((len(words) - 4)*(1 - J)/(5*(1 + J)))
+    for k in range(n): words[int((k + .5)*len(words)/n)] = f"{rng.getrandbits(40):010x}"
+    return " ".join(words)
+
+def text_and_truth(paper):
+    "A text, and of a planted one its kind, the earlier paper it was made from, and how many runs both have and either has."
+    if paper % EVERY != EVERY - 1: return drawn(paper), None
+    twin, rng = paper//EVERY, random.Random(f"twin/{paper}")
+    original, kind = EVERY*(twin//2) + twin%2, PLANTED[twin % len(PLANTED)] # no paper is copied twice
+    text = drawn(original)
+    copy = text.replace("\n", "\n\n") if kind == "exact" else spoilt(text, rng.uniform(.82, .99) if kind == "near" else rng.uniform(.4, .6), rng)
+    a, b = (set(run_hashes(plain(t)).tolist()) for t in (text, copy))
+    return copy, dict(kind=kind, pair=[original, paper], common=len(a & b), union=len(a | b))
+
+def write_part(task):
+    "The part files that a worker of the corpus room would leave of 290 papers, and what is true of them."
+    folder, part = task
+    if part_path(folder, part, "done").exists(): return
+    texts, truths = zip(*map(text_and_truth, range(part*PART, (part + 1)*PART)))
+    start = time.process_time()
+    digests, rows = zip(*map(signature, texts))
+    sketch_s = time.process_time() - start
+    pl.DataFrame({"id": [f"{part*PART + k:09d}" for k in range(PART)], "digest": digests, "n_bytes": [len(t.encode()) for t in texts]}).write_parquet(part_path(folder, part, "text"))
+    np.save(part_path(folder, part, "sketches"), np.stack(rows))
+    write_json(part_path(folder, part, "done"), dict(sketch_s=sketch_s, truth=[t for t in truths if t]))
+
+SEARCH = """
+import json, sys, time, polars as pl
+from arxiv_study.corpus import duplicates, pipeline
+folder, n_parts, per_part, answer, compared = pipeline.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], 0
+def counted(a, b, overlap=duplicates.overlap):
+    global compared
+    compared += 1
+    return overlap(a, b)
+duplicates.overlap = counted
+def search(n_parts):
+    index = pl.DataFrame({"id": [f"{i:09d}" for i in range(n_parts*per_part)], "task": pl.Series([i//per_part for i in range(n_parts*per_part)], dtype=pl.Int32)})
+    return pipeline.find_copies(index, folder, [dict(index=i, n_parts=1) for i in range(n_parts)], pipeline.CorpusConfig())
+search(1) # what libraries load once is loaded
+base, compared, start, cpu = pipeline.peak_mb(), 0, time.perf_counter(), time.process_time()
+found = search(n_parts)
+told = dict(base_gib=base*1e6/2**30, peak_gib=pipeline.peak_mb()*1e6/2**30, search_s=time.perf_counter() - start, search_cpu_s=time.process_time() - cpu, compared=compared)
+json.dump({id: stays for id, (_, stays) in found.items()}, open(answer, "w"))
+print(json.dumps(told))
+"""
+
+def searched(folder, n_parts):
+    "The search as the corpus room does it, in a process of its own: what it took, and what it found."
+    with tempfile.TemporaryDirectory() as d:
+        told = subprocess.run([sys.executable, "-c", SEARCH, str(folder), str(n_parts), str(PART), f"{d}/found"], check=True, capture_output=True, text=True).stdout
+        return json.loads(told), read_json(Path(d)/"found")
+
+def odds(pair):
+    "The probability that a planted pair is found, by the closed form; that of a copy to the letter is 1."
+    sample = min(BOTTOM, pair["union"])
+    return 1. if pair["kind"] == "exact" else nominated(pair["common"]/pair["union"])*hypergeom(pair["union"], pair["common"], sample).sf(np.ceil(near(.8)*sample) - 1)
+
+def judged(found, truth):
+    "How many planted pairs there are, how many should be found and were, and how many papers go that should not: look-alikes, and whoever was not planted."
+    names = lambda pair: {f"{paper:09d}" for paper in pair["pair"]}
+    copies = [p for p in truth if p["kind"] != "alike"]
+    pairs = {frozenset(names(p)) for p in copies}
+    right = sum(frozenset(pair) in pairs for pair in found.items())
+    return dict(planted=len(copies), expected=sum(map(odds, copies)), found=right, wrong=len(found) - right)
+
+def measured_at(folder, n_papers, turn):
+    "A line of the table: memory, disk, seconds, and what was found."
+    n_parts, size = n_papers//PART, lambda kind, part: part_path(folder, part, kind).stat().st_size
+    told, found = searched(folder, n_parts)
+    done = [read_json(part_path(folder, part, "done")) for part in range(n_parts)]
+    disk = sum(size(kind, part) for part in range(n_parts) for kind in ("text", "sketches"))/2**30
+    return dict(papers=n_papers, turn=turn, **told, disk_gib=disk, sketch_cpu_s=sum(d["sketch_s"] for d in done), **judged(found, [t for d in done for t in d["truth"]]))
+
+def power_law(x, y, at):
+    "Least squares in logarithms: exponent, the value to expect there, and an interval that holds 95 % of further measurements, if the law goes on."
+    u, v = np.log(x), np.log(y)
+    (b, a), n, far = np.polyfit(u, v, 1), len(u), np.log(at)
+    s = (np.sum((v - a - b*u)**2)/(n - 2))**.5
+    half = student.ppf(.975, n - 2)*s*(1 + 1/n + (far - u.mean())**2/np.sum((u - u.mean())**2))**.5
+    return b, *np.exp(a + b*far + np.array([0, -half, half]))
+
+def full(folder, n_papers=SIZES[-1], turns=3, workers=2):
+    "Draw the texts, search ever more of them, and say what all of arXiv would take."
+    folder.mkdir(parents=True, exist_ok=True)
+    with process_pool(workers) as pool: list(pool.map(write_part, [(str(folder), part) for part in range(n_papers//PART)]))
+    rows = pl.DataFrame([measured_at(folder, n, turn) for turn in range(turns) for n in SIZES if n <= n_papers])
+    told_in_full(rows)
+    return rows
+
+def told_in_full(rows):
+    "The table of medians, and the extrapolation of each column."
+    middle = rows.group_by("papers").median().sort("papers")
+    print("\nfinding copies as the corpus room does it, 5 % of the papers planted; medians")
+    for r in middle.iter_rows(named=True):
+        print(f"  {r['papers']:9,} papers: peak {r['peak_gib']:.3f} GiB, of which {r['base_gib']:.3f} before the first paper; {r['disk_gib']:.3f} GiB on disk; sketches {r['sketch_cpu_s']:.1f} s of a core, search {r['search_cpu_s']:.1f} s ({r['search_s']:.1f} s by the clock); "
+              f"{r['compared']:,.0f} pairs compared; {r['found']:,.0f} of {r['planted']:,.0f} copies found, {r['expected']:.1f} expected; {r['wrong']:.0f} wrong")
+    if len(middle) < 3: return
+    grown = rows.with_columns(grown_gib=pl.col("peak_gib") - pl.col("base_gib"))
+    for name in ("grown_gib", "disk_gib", "sketch_cpu_s", "search_cpu_s", "compared"):
+        b, value, low, high = power_law(grown["papers"], grown[name], ALL)
+        print(f"  {ALL:,} papers: {name} {value:,.2f} (95 %: {low:,.2f} to {high:,.2f}), by the power {b:.3f} of the number of papers", flush=True)
+
+def write_worlds(folder, out, n_worlds=10, n_parts=SIZES[-1]//PART):
+    "The parts of all papers so many times: in each world its own digests, and sketches in which every hash is another."
+    out.mkdir(parents=True, exist_ok=True)
+    for world in range(n_worlds):
+        mask = np.random.default_rng(world).integers(0, 2**32, N_BANDS + 1, np.uint32)
+        for part in range(n_parts):
+            place, rows = world*n_parts + part, np.load(part_path(folder, part, "sketches"))
+            smallest = rows[:, N_BANDS:]
+            rows = np.concatenate([rows[:, :N_BANDS]^mask[:-1], np.sort(np.where(smallest < EMPTY, smallest^mask[-1], EMPTY), axis=1)], axis=1)
+            np.save(part_path(out, place, "sketches"), rows)
+            texts = pl.read_parquet(part_path(folder, part, "text"))
+            ids = pl.Series("id", [f"{place*PART + k:09d}" for k in range(PART)])
+            texts.with_columns(ids, digest=pl.lit(str(world)) + pl.col("digest").str.slice(1)).write_parquet(part_path(out, place, "text"))
+
+def all_worlds(folder, n_worlds=10, n_parts=SIZES[-1]//PART):
+    "What the search takes among all worlds, and whether it finds in each what it finds in the first."
+    write_worlds(folder, out := folder/"worlds", n_worlds, n_parts)
+    told, found = searched(out, n_worlds*n_parts)
+    _, alone = searched(folder, n_parts)
+    there = lambda id, world: f"{int(id) + world*n_parts*PART:09d}"
+    same = found == {there(id, w): there(stays, w) for w in range(n_worlds) for id, stays in alone.items()}
+    return dict(papers=n_worlds*n_parts*PART, **told, disk_gib=sum(p.stat().st_size for p in out.iterdir())/2**30, found=len(found), same=same)
+
 def write_benchmark(path, texts, n_mb=1):
     "A benchmark of random words of the texts, and of forty words in a row from every sixth text."
     draw, vocabulary = np.random.default_rng(4), np.array(" ".join(texts[::10]).split())
@@ -150,4 +297,14 @@ def main(arxiv=None):
         sources = [s for source in find_sources(arxiv) for s in (read_source(p) for _, p in source.sources()) if s.files]
         bars("duplicates and contamination", compare([normalize(t)[0] for t in (extract(s.files).text for s in sources) if t]))
 
-if __name__ == "__main__": main(*map(Path, sys.argv[1:2]))
+def main_full(folder, with_worlds):
+    rows = full(folder)
+    MEASURED.parent.mkdir(parents=True, exist_ok=True)
+    rows.write_csv(MEASURED, float_precision=4)
+    if with_worlds: write_json(MEASURED.with_name("duplicates_worlds.json"), told := all_worlds(folder)); print(told)
+
+if __name__ == "__main__":
+    from benchmarks import duplicates # workers import what they run, and `__main__` is no name for it
+    arguments = [Path(a) for a in sys.argv[1:] if not a.startswith("--")]
+    if "--full" in sys.argv: duplicates.main_full(arguments[0], "--worlds" in sys.argv)
+    else: duplicates.main(*arguments[:1])

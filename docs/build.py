@@ -8,7 +8,8 @@ from tempfile import TemporaryDirectory
 
 import nbformat
 import yaml
-from arxiv_study.settings import load_settings
+from arxiv_study.settings import StudyError, load_settings
+from arxiv_study.workers import only_builder
 from chapters import BuildError, Chapter, Links, execute, kept_scale, page, read_chapter
 from readme import check_readme, write_readme
 
@@ -238,8 +239,9 @@ def main(argv=None)->int:
     try:
         if a.readme: write_readme(root)
         elif a.check_readme: check_readme(root)
-        else: build(root, a.out.resolve(), a.only, a.jobs, a.timeout)
-    except BuildError as e:
+        else:
+            with only_builder(root/"_build"/"docs"): build(root, a.out.resolve(), a.only, a.jobs, a.timeout)
+    except (BuildError, StudyError) as e:
         print(e, file=sys.stderr)
         return 1
     return 0

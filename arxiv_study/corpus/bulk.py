@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'GIB', 'USD_PER_REQUEST', 'tar_month', 'parse_months', 'choose_tars', 'transfer_usd', 'bytes_for',
-           'in_plain_words', 'Store', 'open_store', 'read_range', 'patiently', 'fetch_manifest', 'fetch_tar',
-           'is_there', 'bill', 'check_space', 'fetch_bulk']
+           'in_plain_words', 'Store', 'open_store', 'read_range', 'patiently', 'fetch_manifest', 'Delivery', 'Halted',
+           'fetch_tar', 'n_streams', 'fetch_tars', 'is_there', 'bill', 'check_space', 'fetch_bulk']
 
-# %% ../../nbs/corpus/16_bulk.ipynb #1838dffb
-import asyncio, io, os, re, shutil, sys, time
+# %% ../../nbs/corpus/16_bulk.ipynb #58ae64fe
+import asyncio, io, os, re, shutil, sys, threading, time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +22,18 @@ from ..progress import Bar, duration
 from ..settings import StudyError
 from ..storage import file_digest, read_json, whole_file, write_json
 
-# %% ../../nbs/corpus/16_bulk.ipynb #ff6c8c70
+# %% ../../nbs/corpus/16_bulk.ipynb #78caedc5
 MANIFEST = "src/arXiv_src_manifest.xml"
 _tar_name = re.compile(r"src/arXiv_src_(\d{2})(\d{2})_(\d{3,4})\.tar")
 
-def tar_month(entry:TarEntry)->str: # 199901; errors: StudyError
+def tar_month(entry:TarEntry # of the manifest
+             )->str: # 199901; errors: StudyError
     "The month of a bulk tar, with its century: arXiv began in 1991."
     m = _tar_name.fullmatch(entry.name)
     if m is None: raise StudyError(f"the manifest lists {entry.name[:80]!r}, which is no bulk tar; do not trust this source")
     return f"{19 if m[1] > '90' else 20}{m[1]}{m[2]}"
 
-# %% ../../nbs/corpus/16_bulk.ipynb #074c521d
+# %% ../../nbs/corpus/16_bulk.ipynb #5e6b36c6
 def parse_months(text:str|None # 2401, 2401-2406, 9912,0001-0003; None: all
                 )->list[tuple[str,str]]: # errors: StudyError
     "First and last months, with their centuries."
@@ -41,7 +43,10 @@ def parse_months(text:str|None # 2401, 2401-2406, 9912,0001-0003; None: all
     if not text: return [("000000", "999999")]
     return [(full(first.strip()), full((last or first).strip())) for first, _, last in (part.partition("-") for part in text.split(","))]
 
-def choose_tars(entries:list[TarEntry], months:str|None=None, most_bytes:float=float("inf"))->list[TarEntry]:
+def choose_tars(entries:list[TarEntry], # of the manifest
+                months:str|None=None, # as `parse_months` reads them; None: all
+                most_bytes:float=float("inf") # of all tars together
+               )->list[TarEntry]: # errors: StudyError
     "The tars of the months, newest month first, as far as the bytes reach."
     ranges, chosen, n = parse_months(months), [], 0
     newest_first = sorted(sorted(entries, key=lambda e: e.name), key=tar_month, reverse=True)
@@ -52,12 +57,15 @@ def choose_tars(entries:list[TarEntry], months:str|None=None, most_bytes:float=f
         n += entry.size
     return chosen
 
-# %% ../../nbs/corpus/16_bulk.ipynb #6b642310
+# %% ../../nbs/corpus/16_bulk.ipynb #1be3a711
 GIB = 1<<30
 _steps = ((10*1024, .09), (40*1024, .085), (100*1024, .07), (float("inf"), .05)) # so many GiB in a month, at so many dollars
 USD_PER_REQUEST = .0004/1000
 
-def transfer_usd(n_bytes:int, n_requests:int=0, usd_per_gb:float|None=None)->float: # usd_per_gb: a price of one's own
+def transfer_usd(n_bytes:int, # sent out in one month
+                 n_requests:int=0, # GETs
+                 usd_per_gb:float|None=None # a price of one's own, for 2**30 bytes
+                )->float: # dollars
     "What it costs to have so many bytes sent out of Amazon's region in a month."
     left, usd = n_bytes/GIB, n_requests*USD_PER_REQUEST
     if usd_per_gb is not None: return usd + left*usd_per_gb
@@ -66,8 +74,10 @@ def transfer_usd(n_bytes:int, n_requests:int=0, usd_per_gb:float|None=None)->flo
         left = max(0, left - step)
     return usd
 
-# %% ../../nbs/corpus/16_bulk.ipynb #e818fb7c
-def bytes_for(usd:float, usd_per_gb:float|None=None)->float:
+# %% ../../nbs/corpus/16_bulk.ipynb #bfcef173
+def bytes_for(usd:float, # dollars
+              usd_per_gb:float|None=None # a price of one's own, for 2**30 bytes
+             )->float: # infinite where the price is nothing
     "How many bytes a sum of money pays for."
     low, high = 0., 1e18
     if transfer_usd(high, usd_per_gb=usd_per_gb) <= usd: return float("inf")
@@ -77,14 +87,15 @@ def bytes_for(usd:float, usd_per_gb:float|None=None)->float:
         else: high = middle
     return low
 
-# %% ../../nbs/corpus/16_bulk.ipynb #c0c2ae93
+# %% ../../nbs/corpus/16_bulk.ipynb #4fb8f165
 def _shapes()->tuple:
     "The kinds of error that the loaded stores raise."
     found = [(sys.modules.get("botocore.exceptions"), ("BotoCoreError", "ClientError")), (sys.modules.get("aiohttp"), ("ClientError",))]
     return (OSError, asyncio.TimeoutError, *(getattr(module, name) for module, names in found if module for name in names))
 
 @contextmanager
-def in_plain_words(address:str, path:str):
+def in_plain_words(address:str, # of the store
+                   path:str): # what was asked of it
     "Errors of a store as what the user can do about them; errors: StudyError, Transient."
     try: yield
     except ImportError as e: raise StudyError(f"{urlsplit(address).scheme}:// needs a package that is not installed; run: pip install 'arxiv-study[fetch]'", code=2) from e
@@ -94,7 +105,7 @@ def in_plain_words(address:str, path:str):
             raise StudyError(f"{address} does not let us read {path}; whoever reads this bucket pays, so it wants your Amazon account: set AWS_PROFILE, or run `aws configure`") from e
         raise Transient(type(e).__name__) from e
 
-# %% ../../nbs/corpus/16_bulk.ipynb #0028d27e
+# %% ../../nbs/corpus/16_bulk.ipynb #fd09bbc0
 @dataclass(frozen=True)
 class Store:
     "Where the tars are."
@@ -102,21 +113,32 @@ class Store:
     files: object # an fsspec file system
     root: str
 
-def open_store(address:str)->Store: # errors: StudyError
+# fsspec has settings of its own, a file and FSSPEC_S3_… in the environment, which would come before Amazon's chain: what is given here comes before them
+_from_the_chain = dict.fromkeys(("key", "secret", "token", "username", "password", "client_kwargs")) | {"anon": False, "requester_pays": True}
+
+def open_store(address:str # such as s3://arxiv or a folder
+              )->Store: # errors: StudyError
     "A store by its address; the reader of a bucket declares to pay."
     from fsspec.core import url_to_fs
     parts = urlsplit(address)
-    if parts.username or parts.password: raise StudyError("bulk in [fetch] holds a key or a password; remove it, and put your account where Amazon's tools look for it", code=2)
+    if parts.username or parts.password or parts.query: raise StudyError("bulk in [fetch] holds a key or a password; remove it, and put your account where Amazon's tools look for it", code=2)
     if parts.scheme == "http" and not _is_local(parts.hostname): raise StudyError(f"{address} is not encrypted; write https", code=2)
     with in_plain_words(address, "anything"):
-        try: return Store(address, *url_to_fs(address, **({"requester_pays": True} if parts.scheme == "s3" else {})))
+        try: return Store(address, *url_to_fs(address, **(_from_the_chain if parts.scheme in ("s3", "s3a") else {})))
         except ValueError as e: raise StudyError(f"{address} is no address that can be opened; write s3://bucket or a folder", code=2) from e
 
-def read_range(store:Store, path:str, start:int, end:int|None)->bytes: # errors: StudyError, Transient
+# %% ../../nbs/corpus/16_bulk.ipynb #58f86bca
+def read_range(store:Store,
+               path:str, # within the store
+               start:int, end:int|None # bytes; None: to its end
+              )->bytes: # errors: StudyError, Transient
     "A stretch of a file."
     with in_plain_words(store.address, path): return store.files.cat_file(f"{store.root.rstrip('/')}/{path}", start=start, end=end)
 
-def patiently(config:FetchConfig, sleep:Callable, read:Callable)->bytes: # errors: StudyError
+def patiently(config:FetchConfig,
+              sleep:Callable, # called with seconds
+              read:Callable # called for each try
+             )->bytes: # errors: StudyError
     "A read, tried again with longer and longer waits."
     for n in range(config.tries):
         if n: sleep(min(config.backoff_s*2**(n - 1), config.most_wait_s))
@@ -124,8 +146,12 @@ def patiently(config:FetchConfig, sleep:Callable, read:Callable)->bytes: # error
         except Transient as e: last = e
     raise StudyError(f"{config.bulk} failed {config.tries} times ({last}); give the same command again later, it goes on from here")
 
-# %% ../../nbs/corpus/16_bulk.ipynb #2372f6b3
-def fetch_manifest(store:Store, out:Path, config:FetchConfig=FetchConfig(), sleep:Callable=time.sleep)->list[TarEntry]: # errors: StudyError
+# %% ../../nbs/corpus/16_bulk.ipynb #fb36cdaf
+def fetch_manifest(store:Store,
+                   out:Path, # the arXiv folder
+                   config:FetchConfig=FetchConfig(),
+                   sleep:Callable=time.sleep # called with seconds
+                  )->list[TarEntry]: # errors: StudyError
     "Lay the manifest down in an arXiv folder, and read it."
     data = patiently(config, sleep, lambda: read_range(store, MANIFEST, 0, config.max_page_bytes))
     try: parse_xml(data)
@@ -133,42 +159,87 @@ def fetch_manifest(store:Store, out:Path, config:FetchConfig=FetchConfig(), slee
     with whole_file(out/MANIFEST) as f: f.write(data)
     return read_manifest(out/MANIFEST)
 
-# %% ../../nbs/corpus/16_bulk.ipynb #133b3cab
-def _missing(part:Path, entry:TarEntry)->Iterator[tuple[int,int]]:
+# %% ../../nbs/corpus/16_bulk.ipynb #0f0af09f
+@dataclass(frozen=True)
+class Delivery:
+    "What all tars of a fetch have in common."
+    store: Store
+    out: Path # the arXiv folder
+    notes: Path # its .fetch, where parts wait
+    config: FetchConfig
+    came: Callable # told of gigabytes that have come, and of which tar
+    halt: threading.Event # once set, no tar asks for more
+    sleep: Callable|None = None # called with seconds; None: a sleep that ends where the delivery does
+
+    def pause(self, wait_s:float): # seconds
+        "Wait, unless the delivery ends."
+        (self.sleep or self.halt.wait)(wait_s)
+
+class Halted(Exception): "The delivery has been ended."
+
+def _missing(part:Path, # what has come of a tar
+             entry:TarEntry, step:int=16<<20 # bytes of a stretch
+            )->Iterator[tuple[int,int]]: # from and to
     "The next stretch that a tar lacks, until it lacks none."
-    step = 16<<20
     while (have := part.stat().st_size if part.exists() else 0) < entry.size: yield have, min(have + step, entry.size)
 
-def _filled(store:Store, entry:TarEntry, part:Path, config:FetchConfig, sleep:Callable, bar:Bar):
+# %% ../../nbs/corpus/16_bulk.ipynb #18f8ecca
+def _stretch(of:Delivery, entry:TarEntry, start:int, end:int)->bytes: # errors: Transient, Halted
+    "A stretch of a tar, or what has come of it; nothing is not enough."
+    if of.halt.is_set(): raise Halted
+    data = read_range(of.store, entry.name, start, end)
+    if not data: raise Transient("the file ends too early")
+    return data[:end - start]
+
+def _filled(of:Delivery, entry:TarEntry, part:Path):
     "Fetch what a tar lacks."
     if part.exists() and part.stat().st_size > entry.size: part.unlink()
     for start, end in _missing(part, entry):
-        data = patiently(config, sleep, lambda: _some(read_range(store, entry.name, start, end)))
+        data = patiently(of.config, of.pause, lambda: _stretch(of, entry, start, end))
         with open(part, "ab") as f:
-            f.write(data[:end - start])
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        bar.advance(len(data)/1e9, entry.name.rpartition("/")[2])
+        of.came(len(data)/1e9, Path(entry.name).name)
 
-def _some(data:bytes)->bytes: # errors: Transient
-    "Bytes, unless there are none."
-    if not data: raise Transient("the file ends too early")
-    return data
-
-# %% ../../nbs/corpus/16_bulk.ipynb #11e71e36
-def fetch_tar(store:Store, entry:TarEntry, out:Path, notes:Path, config:FetchConfig, sleep:Callable, bar:Bar): # errors: StudyError
+# %% ../../nbs/corpus/16_bulk.ipynb #ab5b3449
+def fetch_tar(of:Delivery, entry:TarEntry): # errors: StudyError, Halted
     "Lay a tar down, whole and with the right sum."
-    part, sums = notes/(Path(entry.name).name + ".part"), []
+    part, sums = of.notes/(Path(entry.name).name + ".part"), []
     while len(sums) < 2:
-        _filled(store, entry, part, config, sleep, bar)
+        _filled(of, entry, part)
         sums.append(file_digest(part, "md5"))
         if sums[-1] == entry.md5:
-            (out/entry.name).parent.mkdir(parents=True, exist_ok=True)
-            return os.replace(part, out/entry.name)
+            (of.out/entry.name).parent.mkdir(parents=True, exist_ok=True)
+            return os.replace(part, of.out/entry.name)
         part.unlink()
-    raise StudyError(f"{store.address}/{entry.name} has MD5 sum {sums[-1]}, not {entry.md5} as its manifest says; it is being replaced, or the store is damaged: try again on another day")
+    raise StudyError(f"{of.store.address}/{entry.name} has MD5 sum {sums[-1]}, not {entry.md5} as its manifest says; it is being replaced, or the store is damaged: try again on another day")
 
-# %% ../../nbs/corpus/16_bulk.ipynb #59aa711a
+# %% ../../nbs/corpus/16_bulk.ipynb #19604a95
+def n_streams(store:Store, config:FetchConfig)->int:
+    "How many tars are read at once: fsspec says which stores are made for it."
+    return config.streams if getattr(store.files, "async_impl", False) else 1
+
+def _or_end(of:Delivery, entry:TarEntry):
+    "Lay a tar down; where that fails, no other is begun."
+    try: fetch_tar(of, entry)
+    except BaseException: of.halt.set(); raise
+
+def fetch_tars(of:Delivery, todo:list[TarEntry], # in the order in which they are begun
+               done:Callable): # told of each tar that is whole, one at a time; errors: StudyError of the first that fails, after the others have ended
+    "Lay tars down, several at once."
+    pool = ThreadPoolExecutor(n_streams(of.store, of.config), thread_name_prefix="tar")
+    try:
+        begun = {pool.submit(_or_end, of, entry): entry for entry in todo}
+        for future in as_completed(begun):
+            if isinstance(future.exception(), Halted): continue # another one has the reason
+            future.result()
+            done(begun[future])
+    finally:
+        of.halt.set()
+        pool.shutdown(cancel_futures=True)
+
+# %% ../../nbs/corpus/16_bulk.ipynb #fe4f1135
 def _verified(notes:Path)->dict[str,str]: # name -> sum
     "The tars that were found right."
     return read_json(notes/"bulk.json") if (notes/"bulk.json").exists() else {}
@@ -177,7 +248,10 @@ def _note(notes:Path, entry:TarEntry):
     "Remember that a tar is right."
     write_json(notes/"bulk.json", {**_verified(notes), entry.name: entry.md5})
 
-def is_there(out:Path, entry:TarEntry, notes:Path, verified:dict)->bool:
+def is_there(out:Path, # the arXiv folder
+             entry:TarEntry, notes:Path, # its .fetch
+             verified:dict # name -> sum, of the tars that were found right before
+            )->bool:
     "Whether a tar is on the disk and right; its sum is taken if it never was."
     path = out/entry.name
     if not path.is_file() or path.stat().st_size != entry.size: return False
@@ -186,8 +260,11 @@ def is_there(out:Path, entry:TarEntry, notes:Path, verified:dict)->bool:
         _note(notes, entry)
     return True
 
-# %% ../../nbs/corpus/16_bulk.ipynb #6849b5f2
-def bill(todo:list[TarEntry], chosen:list[TarEntry], store:Store, notes:Path, usd_per_gb:float|None=None)->dict: # tars, gigabytes, dollars
+# %% ../../nbs/corpus/16_bulk.ipynb #e103861d
+def bill(todo:list[TarEntry], # those of the chosen that are not there
+         chosen:list[TarEntry], store:Store, notes:Path, # where parts wait
+         usd_per_gb:float|None=None # a price of one's own, for 2**30 bytes
+        )->dict: # source, months, tars, there, to_fetch_gb, usd
     "What is about to be fetched, and what it costs."
     n_bytes = sum(e.size for e in todo) - sum(p.stat().st_size for e in todo if (p := notes/(Path(e.name).name + ".part")).exists())
     is_paid = store.address.startswith("s3://") or usd_per_gb is not None
@@ -195,30 +272,43 @@ def bill(todo:list[TarEntry], chosen:list[TarEntry], store:Store, notes:Path, us
     return dict(source=store.address, months=f"{months[0]} to {months[-1]}" if months else "none", tars=len(chosen), there=len(chosen) - len(todo),
                 to_fetch_gb=round(n_bytes/1e9, 6), usd=round(transfer_usd(n_bytes, n_bytes//(16<<20) + len(todo), usd_per_gb), 2) if is_paid else 0.)
 
-def check_space(out:Path, gigabytes:float): # errors: StudyError
+def check_space(out:Path, # a folder on the disk
+                gigabytes:float): # errors: StudyError
     "Refuse to begin what the disk cannot hold."
     free = shutil.disk_usage(out).free/1e9
     if gigabytes > free: raise StudyError(f"{gigabytes:,.1f} GB are to be fetched, but the disk of {out} has {free:,.1f} GB free; choose fewer months or a smaller --budget-gb")
 
-# %% ../../nbs/corpus/16_bulk.ipynb #e4804695
-def fetch_bulk(out:Path, config:FetchConfig=FetchConfig(), months:str|None=None, budget_gb:float|None=None, budget_usd:float|None=None, usd_per_gb:float|None=None,
+# %% ../../nbs/corpus/16_bulk.ipynb #878d08f8
+def _budget(gb:float|None, usd:float|None, usd_per_gb:float|None)->float: # bytes
+    "What both budgets allow."
+    return min(float("inf") if gb is None else gb*1e9, float("inf") if usd is None else bytes_for(usd, usd_per_gb))
+
+def _told(bar:Bar)->Callable:
+    "A bar as several threads may advance it."
+    lock = threading.Lock()
+    def came(n_gb, name):
+        with lock: bar.advance(n_gb, name)
+    return came
+
+def fetch_bulk(out:Path, # the arXiv folder
+               config:FetchConfig=FetchConfig(), months:str|None=None, # 2401, 2401-2406, or several; None: all
+               budget_gb:float|None=None, budget_usd:float|None=None, usd_per_gb:float|None=None, # a price of one's own
                agree:Callable=lambda bill: True, # asked before anything but the manifest is fetched
-               store:Store|None=None, sleep:Callable=time.sleep, quiet:bool=False)->dict: # the bill, and what came of it
+               store:Store|None=None, # None: the one that config names
+               sleep:Callable|None=None, # called with seconds
+               quiet:bool=False)->dict: # the bill, and what came of it; errors: StudyError
     "Fetch bulk tars into an arXiv folder: whole, checked, and none that is there already."
     out, store = Path(out), store or open_store(config.bulk)
     parse_months(months)
     if (out/".fetch"/"eprints.jsonl").exists(): raise StudyError(f"{out} holds single e-prints, which the corpus stage would not read beside tars; fetch tars into another folder")
     with working_in(out) as notes:
-        entries = fetch_manifest(store, out, config, sleep)
-        most = min(float("inf") if budget_gb is None else budget_gb*1e9, float("inf") if budget_usd is None else bytes_for(budget_usd, usd_per_gb))
-        chosen, verified = choose_tars(entries, months, most), _verified(notes)
+        entries = fetch_manifest(store, out, config, sleep or time.sleep)
+        chosen, verified = choose_tars(entries, months, _budget(budget_gb, budget_usd, usd_per_gb)), _verified(notes)
         if not chosen: raise StudyError(f"no tar fits; {config.bulk} has {len(entries)} tars: check --month, --budget-gb and --budget-usd")
         todo = [e for e in chosen if not is_there(out, e, notes, verified)]
         told = bill(todo, chosen, store, notes, usd_per_gb)
         check_space(out, told["to_fetch_gb"])
         if todo and not agree(told): return dict(told, fetched=0)
         with Bar("tars", told["to_fetch_gb"], out=io.StringIO() if quiet else None, unit=" GB") as bar:
-            for entry in todo:
-                fetch_tar(store, entry, out, notes, config, sleep, bar)
-                _note(notes, entry)
+            fetch_tars(Delivery(store, out, notes, config, _told(bar), threading.Event(), sleep), todo, lambda entry: _note(notes, entry))
     return dict(told, fetched=len(todo))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SNAPSHOT', 'FetchConfig', 'fetch_config', 'check_address', 'Transient', 'NotSource', 'Gone', 'TooLarge', 'GivenUp',
-           'Client', 'user_agent', 'retry_after', 'parse_xml', 'record_of', 'OaiError', 'Page', 'parse_page', 'harvest',
-           'set_of', 'merge_records', 'working_in', 'check_day', 'list_request', 'fetch_metadata', 'take_snapshot',
-           'Wanted', 'first_day', 'is_wanted', 'check_ids', 'choose', 'choose_from', 'ending_of', 'eprint_path',
-           'is_whole_gzip', 'Outcome', 'download', 'fetch_eprints']
+           'Client', 'user_agent', 'retry_after', 'parse_xml', 'record_of', 'OaiError', 'Page', 'parse_answer',
+           'parse_page', 'harvest', 'first_day_to_ask', 'set_of', 'merge_records', 'working_in', 'check_days',
+           'list_request', 'fetch_metadata', 'take_snapshot', 'Wanted', 'first_day', 'is_wanted', 'check_ids', 'choose',
+           'choose_from', 'ending_of', 'eprint_path', 'is_whole_gzip', 'Outcome', 'download', 'fetch_eprints']
 
 # %% ../../nbs/corpus/15_fetch.ipynb #52b6c307
 import configparser, hashlib, http.client, io, json, re, shutil, ssl, time, urllib.error, urllib.request, zlib
@@ -32,7 +32,7 @@ from ..progress import Bar, duration
 from ..settings import StudyError
 from ..storage import clear_abandoned, file_sha256, fingerprint, read_json, whole_file, write_json
 
-# %% ../../nbs/corpus/15_fetch.ipynb #740cc56e
+# %% ../../nbs/corpus/15_fetch.ipynb #2b0396d8
 @dataclass(frozen=True)
 class FetchConfig:
     "Where arXiv is asked, and how politely: the section `[fetch]` of settings.ini."
@@ -48,9 +48,12 @@ class FetchConfig:
     min_bytes_per_s: float = 500. # a slower answer is given up
     max_page_bytes: int = 1<<28 # of a page of records; arXiv's have some 10 MB
     max_eprint_bytes: int = 1<<30
+    streams: int = 4 # bulk tars at once; records and e-prints come one by one, as arXiv asks
 
-# %% ../../nbs/corpus/15_fetch.ipynb #988f470d
-def _setting(name:str, text:str, where:str):
+# %% ../../nbs/corpus/15_fetch.ipynb #10c16764
+_least = dict(tries=1, streams=1, timeout_s=.001) # of the other numbers 0
+
+def _setting(name:str, text:str, where:str): # errors: StudyError
     "A value of the section as the type of its field."
     kind = {f.name: type(f.default) for f in fields(FetchConfig)}
     if name not in kind: raise StudyError(f"{where}: [fetch] has no setting {name}; it has {', '.join(kind)}", code=2)
@@ -66,12 +69,16 @@ def fetch_config(path:Path|None=None, # a settings file
     section = parser["fetch"] if parser.has_section("fetch") else {}
     config = replace(FetchConfig(), **{k: _setting(k, v, str(path)) for k, v in section.items()}, **{k: v for k, v in given.items() if v is not None})
     for address in (config.oai, config.eprints): check_address(address, config.wait_s)
+    for f in fields(config):
+        if not isinstance(f.default, str) and not getattr(config, f.name) >= _least.get(f.name, 0): raise StudyError(f"{f.name} is {getattr(config, f.name)}, but must be {_least.get(f.name, 0):g} or more", code=2)
+    if not config.contact.isprintable(): raise StudyError("contact holds a line break or a control character; write one e-mail address", code=2)
     return config
 
-# %% ../../nbs/corpus/15_fetch.ipynb #6c76fa04
+# %% ../../nbs/corpus/15_fetch.ipynb #c8f72e3d
 def _is_local(host:str|None)->bool: return host in ("localhost", "127.0.0.1", "::1")
 
-def check_address(address:str, wait_s:float): # errors: StudyError
+def check_address(address:str, # of a server
+                  wait_s:float): # between requests; errors: StudyError
     "Refuse an address that is not encrypted, and a hurry that arXiv forbids."
     parts = urlsplit(address)
     if parts.scheme != "https" and not (parts.scheme == "http" and _is_local(parts.hostname)):
@@ -80,10 +87,11 @@ def check_address(address:str, wait_s:float): # errors: StudyError
     if wait_s < FetchConfig.wait_s and f".{parts.hostname}".endswith(".arxiv.org"):
         raise StudyError(f"wait_s is {wait_s:g}, but arXiv allows one request every {FetchConfig.wait_s:g} seconds; set it to {FetchConfig.wait_s:g} or more", code=2)
 
-# %% ../../nbs/corpus/15_fetch.ipynb #ed758b2b
+# %% ../../nbs/corpus/15_fetch.ipynb #54ed8ad7
 class Transient(Exception):
     "A failure that another try may mend."
-    def __init__(self, message:str, wait_s:float|None=None): # how long the server asks to wait
+    def __init__(self, message:str,
+                 wait_s:float|None=None): # how long the server asks to wait
         super().__init__(message)
         self.wait_s = wait_s
 
@@ -111,10 +119,12 @@ class _SameHost(urllib.request.HTTPRedirectHandler):
         self.before()
         return super().redirect_request(request, file, code, message, headers, new)
 
-# %% ../../nbs/corpus/15_fetch.ipynb #a66b3924
+# %% ../../nbs/corpus/15_fetch.ipynb #01f170d4
 class Client:
     "Asks one server at a time, no faster than allowed."
-    def __init__(self, config:FetchConfig, clock:Callable=time.monotonic, sleep:Callable=time.sleep, say:Callable=lambda words: None): # say: told about waits
+    def __init__(self, config:FetchConfig, clock:Callable=time.monotonic, # seconds
+                 sleep:Callable=time.sleep, # called with seconds
+                 say:Callable=lambda words: None): # told about waits
         self.config, self.clock, self.sleep, self.say = config, clock, sleep, say
         self.asked_s, self.n_requests = None, 0
 
@@ -128,8 +138,10 @@ def turn(self:Client):
     if self.asked_s is not None and (left := self.asked_s + self.config.wait_s - self.clock()) > 0: self.sleep(left)
     self.asked_s, self.n_requests = self.clock(), self.n_requests + 1
 
-# %% ../../nbs/corpus/15_fetch.ipynb #cf4a13c9
-def retry_after(headers, now:datetime)->float|None: # seconds
+# %% ../../nbs/corpus/15_fetch.ipynb #9115eb77
+def retry_after(headers, # of an answer
+                now:datetime # with its time zone
+               )->float|None: # seconds; None: it does not say
     "How long the server asks to wait."
     text = (headers.get("Retry-After") or "").strip()
     if text.isdecimal(): return float(text)
@@ -144,9 +156,11 @@ def _of_status(e:urllib.error.HTTPError)->Exception:
     if e.code in (404, 410): return Gone(f"{e.code} {e.reason}")
     return StudyError(f"{urlsplit(e.url).hostname} refuses {e.url} ({e.code} {e.reason}); it may have closed its door to this machine: wait a day, set contact in [fetch], and ask it less")
 
-# %% ../../nbs/corpus/15_fetch.ipynb #c3401b91
+# %% ../../nbs/corpus/15_fetch.ipynb #168442e8
 @patch
-def pieces(self:Client, response, most_bytes:int)->Iterator[bytes]: # errors: Transient where it is cut or too slow, TooLarge
+def pieces(self:Client, response, # an open answer
+           most_bytes:int # of all pieces together
+          )->Iterator[bytes]: # errors: Transient where it is cut or too slow, TooLarge
     "The bytes of an answer as they come."
     announced, n, start = response.length, 0, self.clock() # None: not announced
     if announced is not None and announced > most_bytes: raise TooLarge(f"{announced:,} bytes")
@@ -159,9 +173,10 @@ def pieces(self:Client, response, most_bytes:int)->Iterator[bytes]: # errors: Tr
     except (OSError, http.client.HTTPException) as e: raise Transient(f"the line broke after {n:,} bytes: {type(e).__name__}") from e
     if announced is not None and n < announced: raise Transient(f"the line broke after {n:,} of {announced:,} bytes")
 
-# %% ../../nbs/corpus/15_fetch.ipynb #d9976435
+# %% ../../nbs/corpus/15_fetch.ipynb #34c4d990
 @patch
-def once(self:Client, url:str, take:Callable): # take(response): what is made of the answer
+def once(self:Client, url:str,
+         take:Callable): # called with the open answer; what it returns is returned. Errors: Transient, Gone, StudyError
     "One try."
     request = urllib.request.Request(url, headers={"User-Agent": user_agent(self.config), **({"From": self.config.contact} if self.config.contact else {})})
     proxies = urllib.request.ProxyHandler({} if _is_local(urlsplit(url).hostname) else None)
@@ -175,9 +190,10 @@ def once(self:Client, url:str, take:Callable): # take(response): what is made of
         raise Transient(f"no answer: {why}") from e
     with response: return take(response)
 
-# %% ../../nbs/corpus/15_fetch.ipynb #bb67a766
+# %% ../../nbs/corpus/15_fetch.ipynb #8c0b7787
 @patch
-def ask(self:Client, url:str, take:Callable): # errors: GivenUp after the last try, Gone, StudyError
+def ask(self:Client, url:str,
+        take:Callable): # called with the open answer of each try. Errors: GivenUp after the last try, Gone, StudyError
     "What `take` makes of the answer to a request, tried again where that may help."
     for n in range(1, self.config.tries + 1):
         self.turn()
@@ -190,7 +206,7 @@ def ask(self:Client, url:str, take:Callable): # errors: GivenUp after the last t
             self.sleep(wait_s)
     raise GivenUp(f"{url} failed {self.config.tries} times ({last}); give the same command again later, it goes on from here", last)
 
-# %% ../../nbs/corpus/15_fetch.ipynb #15a27793
+# %% ../../nbs/corpus/15_fetch.ipynb #b91481a8
 class _NoDoctype(ElementTree.TreeBuilder):
     def doctype(self, name:str, *more):
         "Stop at once; a web page has a harmless one, and says that the server is busy."
@@ -199,7 +215,8 @@ class _NoDoctype(ElementTree.TreeBuilder):
 
 _not_xml = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
-def parse_xml(data:bytes)->ElementTree.Element: # errors: Transient where it is no XML, StudyError where it has a document type
+def parse_xml(data:bytes # a whole document
+             )->ElementTree.Element: # errors: Transient where it is no XML, StudyError where it has a document type
     "The root of a document."
     for text in (data, _not_xml.sub(b"", data)):
         try: return ElementTree.fromstring(text, ElementTree.XMLParser(target=_NoDoctype()))
@@ -247,10 +264,11 @@ def record_of(element:ElementTree.Element # <record> of ListRecords or GetRecord
     record = dict(id=paper, **named, **authors, versions=versions, update_date=stamp[:10])
     return {k: record[k] for k in ("id", "submitter", "authors", *list(named)[1:], "versions", "update_date", "authors_parsed") if k in record}
 
-# %% ../../nbs/corpus/15_fetch.ipynb #8d0ef9a3
+# %% ../../nbs/corpus/15_fetch.ipynb #a5edf653
 class OaiError(Exception):
     "An error of the protocol."
-    def __init__(self, code:str, words:str):
+    def __init__(self, code:str, # such as badResumptionToken
+                 words:str):
         super().__init__(f"{code}: {words}")
         self.code = code
 
@@ -261,11 +279,18 @@ class Page(msgspec.Struct):
     day: str # of the answer, by the server's clock
     restarted: bool = False # whether the list was begun anew with this page
 
-def parse_page(data:bytes)->Page: # errors: Transient where it is no page, OaiError
-    "A page from the server's answer."
+def parse_answer(data:bytes # of an OAI-PMH server
+                )->ElementTree.Element: # errors: Transient where it is no answer, OaiError
+    "The root of an answer that is no error."
     root = parse_xml(data)
     if root.tag != f"{_oai}OAI-PMH": raise Transient(f"the answer is no OAI-PMH but <{root.tag.rpartition('}')[2][:40]}>")
     if (error := root.find(f"{_oai}error")) is not None: raise OaiError(error.get("code") or "unknown", " ".join((error.text or "").split())[:200])
+    return root
+
+def parse_page(data:bytes # a server's answer
+              )->Page: # errors: Transient where it is no page, OaiError
+    "A page of a list."
+    root = parse_answer(data)
     token = (root.findtext(f"{_oai}ListRecords/{_oai}resumptionToken") or "").strip()
     return Page([record_of(r) for r in root.iter(f"{_oai}record")], token or None, (root.findtext(f"{_oai}responseDate") or "")[:10])
 
@@ -286,16 +311,25 @@ class _Position:
 
     def mark(self, page:Page)->str: return fingerprint([(r["id"], r["update_date"]) for r in page.records])
 
-# %% ../../nbs/corpus/15_fetch.ipynb #7d45ba4c
+# %% ../../nbs/corpus/15_fetch.ipynb #d2660c6a
 @patch
-def page(self:Client, query:dict, is_new:Callable=lambda page: True)->Page: # errors: OaiError, GivenUp
-    "One page of a list."
-    def take(response):
-        found = parse_page(b"".join(self.pieces(response, self.config.max_page_bytes)))
-        if not is_new(found): raise Transient("the same page came again")
-        return found
+def oai(self:Client, query:dict, # verb and arguments
+        parse:Callable): # called with the answer's bytes. Errors: OaiError, GivenUp, StudyError
+    "What `parse` makes of the answer to a query."
+    take = lambda response: parse(b"".join(self.pieces(response, self.config.max_page_bytes)))
     try: return self.ask(f"{self.config.oai}?{urlencode(query)}", take)
     except (TooLarge, Gone) as e: raise StudyError(f"{self.config.oai} does not answer as OAI-PMH ({e}); check oai in [fetch] of settings.ini") from e
+
+@patch
+def page(self:Client, query:dict, # verb and arguments
+         is_new:Callable=lambda page: True # whether a page was not there before
+        )->Page: # errors: OaiError, GivenUp, StudyError
+    "One page of a list."
+    def parse(data):
+        found = parse_page(data)
+        if not is_new(found): raise Transient("the same page came again")
+        return found
+    return self.oai(query, parse)
 
 def _next_page(client:Client, request:dict, at:_Position)->Page:
     "The page behind a position; the list begun anew where its token has expired."
@@ -310,7 +344,7 @@ def _next_page(client:Client, request:dict, at:_Position)->Page:
     found.restarted = at.n_pages > 0
     return found
 
-# %% ../../nbs/corpus/15_fetch.ipynb #c05a8a9a
+# %% ../../nbs/corpus/15_fetch.ipynb #0c0f96c1
 def harvest(client:Client, request:dict, # metadataPrefix, and set, from, until where asked for
             folder:Path, # where pages are laid down; pages found there are not asked for again
             most_restarts:int=5)->Iterator[Page]: # errors: StudyError with what the server says
@@ -323,13 +357,23 @@ def harvest(client:Client, request:dict, # metadataPrefix, and set, from, until 
     while at.token is not None:
         try: page = _next_page(client, request, at)
         except OaiError as e:
-            if e.code != "noRecordsMatch": raise StudyError(f"{client.config.oai} refuses the list ({e}); check --set, --from and --until", code=2) from e
+            if e.code != "noRecordsMatch": raise StudyError(f"{client.config.oai} refuses the list ({e}); check --category, --set, --from and --until", code=2) from e
             page = Page([], None, "")
         restarts += page.restarted
         if restarts > most_restarts: raise StudyError(f"{client.config.oai} let {restarts} tokens expire without coming to an end; try again on another day")
         with whole_file(folder/f"page-{at.n_pages:06d}.json") as f: f.write(msgspec.json.encode(page))
         at.after(page)
         yield page
+
+# %% ../../nbs/corpus/15_fetch.ipynb #c05340a5
+def first_day_to_ask(client:Client, day:str|None # 1993-01-01
+                    )->str|None: # None: from the beginning
+    "A day from which the server can be asked for records."
+    if not day: return None
+    try: root = client.oai(dict(verb="Identify"), parse_answer)
+    except OaiError: return day # a server that does not know itself must say so itself
+    earliest = root.findtext(f"{_oai}Identify/{_oai}earliestDatestamp", "")[:10]
+    return day if day > earliest else None
 
 # %% ../../nbs/corpus/15_fetch.ipynb #eacd68b2
 _physics = set("astro-ph cond-mat gr-qc hep-ex hep-lat hep-ph hep-th math-ph nlin nucl-ex nucl-th physics quant-ph".split())
@@ -395,16 +439,25 @@ def working_in(out:Path): # yields the folder for what a fetch has to remember
         for done in notes.glob("*.done"): shutil.rmtree(done)
         yield notes
 
-# %% ../../nbs/corpus/15_fetch.ipynb #6892ef67
-def check_day(day:str|None, name:str)->str|None: # errors: StudyError
-    "A day as the protocol writes it."
-    try: return day and date.fromisoformat(day).isoformat()
-    except ValueError as e: raise StudyError(f"{name} {day} is no day; write it as 2024-05-31", code=2) from e
+# %% ../../nbs/corpus/15_fetch.ipynb #1ffa1da5
+def check_days(start:str|None, until:str|None # as 2024-05-31
+              )->tuple[str|None,str|None]: # errors: StudyError
+    "First and last day as the protocol writes them."
+    def day(text, name):
+        try: return text and date.fromisoformat(text).isoformat()
+        except ValueError as e: raise StudyError(f"{name} {text} is no day; write it as 2024-05-31", code=2) from e
+    first, last = day(start, "--from"), day(until, "--until")
+    if first and last and first > last: raise StudyError(f"--from {first} is later than --until {last}; exchange them", code=2)
+    return first, last
 
-def list_request(prefix:str="arXivRaw", set:str|None=None, start:str|None=None, until:str|None=None)->dict:
+def list_request(prefix:str="arXivRaw", # or arXiv
+                 set:str|None=None, # such as math:math:AG; None: all
+                 start:str|None=None, until:str|None=None # records changed on these days or between
+                )->dict: # errors: StudyError
     "The arguments of ListRecords."
     if prefix not in ("arXivRaw", "arXiv"): raise StudyError(f"records come as arXivRaw or arXiv, not as {prefix}", code=2)
-    return {k: v for k, v in {"metadataPrefix": prefix, "set": set, "from": check_day(start, "--from"), "until": check_day(until, "--until")}.items() if v}
+    first, last = check_days(start, until)
+    return {k: v for k, v in {"metadataPrefix": prefix, "set": set, "from": first, "until": last}.items() if v}
 
 def _lines(folder:Path)->Iterator[bytes]:
     "The records of the pages that were laid down, a line each."
@@ -422,7 +475,7 @@ def _put_away(folder:Path)->Path: # where it lies now; whatever ends so is remov
     folder.rename(gone)
     return gone
 
-# %% ../../nbs/corpus/15_fetch.ipynb #54d9c365
+# %% ../../nbs/corpus/15_fetch.ipynb #1c4645d6
 def _harvested(out:Path, notes:Path, of:dict)->dict: # errors: StudyError where the snapshot is not of this kind
     "What is known of the snapshot to be written: its kind, and the day up to which it is complete."
     done, snapshot = notes/"harvest.json", out/SNAPSHOT
@@ -436,6 +489,14 @@ def _harvested(out:Path, notes:Path, of:dict)->dict: # errors: StudyError where 
 
 def _bar(what:str, total:float, quiet:bool)->Bar: return Bar(what, total, out=io.StringIO() if quiet else None)
 
+def _complete_to(before:str|None, # the day up to which the snapshot was complete
+                 start:str|None, until:str|None, # what was asked for now
+                 day:str|None # on which it was, by the server's clock; None: nothing came
+                )->str|None: # from which the next harvest has to ask
+    "The day up to which a snapshot is complete: no harvest of some days may hide what came before or after them."
+    if not day or before and start and start > before: return before
+    return max(min(until or day, day), before or "")
+
 def _counted(pages:Iterable[Page], quiet:bool)->tuple[str|None,int]: # the server's day at the first page, and how many records came
     "Go through pages with a bar that counts records; how many there will be no server says."
     day = None
@@ -445,25 +506,32 @@ def _counted(pages:Iterable[Page], quiet:bool)->tuple[str|None,int]: # the serve
             bar.advance(len(page.records))
     return day or None, bar.done
 
-# %% ../../nbs/corpus/15_fetch.ipynb #3c2463f7
-def fetch_metadata(out:Path, config:FetchConfig=FetchConfig(), prefix:str="arXivRaw", set:str|None=None, start:str|None=None, until:str|None=None,
-                   client:Client|None=None, quiet:bool=False)->dict: # records, pages, requests
+# %% ../../nbs/corpus/15_fetch.ipynb #991d553f
+def fetch_metadata(out:Path, # the arXiv folder
+                   config:FetchConfig=FetchConfig(), prefix:str="arXivRaw", # or arXiv
+                   set:str|None=None, # such as math:math:AG; None: all
+                   start:str|None=None, until:str|None=None, # records changed on these days or between; start None: since the last harvest
+                   client:Client|None=None, quiet:bool=False)->dict: # records, pages, requests; errors: StudyError
     "Harvest records into the snapshot of an arXiv folder; one that is there is brought up to date."
     out, client = Path(out), client or Client(config)
+    list_request(prefix, set, start, until) # what is wrong with it is told before a folder is made
     with working_in(out) as notes:
         before = _harvested(out, notes, dict(prefix=prefix, set=set))
-        request = list_request(prefix, set, start or before["day"], until)
+        since = first_day_to_ask(client, start) if start else before["day"]
+        request = list_request(prefix, set, since, until)
         folder = notes/f"pages-{fingerprint(request)}"
         day, came = _counted(harvest(client, request, folder), quiet)
         if not came and not (out/SNAPSHOT).exists(): raise StudyError("no record matches; check --set, --from and --until")
         n_pages, n = len(_page_files(folder)), merge_records(chain(_old_lines(out/SNAPSHOT), _lines(folder)), out/SNAPSHOT)
         gone = _put_away(folder)
-        write_json(notes/"harvest.json", dict(prefix=prefix, set=set, day=day or before["day"]))
+        write_json(notes/"harvest.json", dict(prefix=prefix, set=set, day=_complete_to(before["day"], since, until, day)))
         shutil.rmtree(gone)
     return dict(records=n, pages=n_pages, requests=client.n_requests)
 
-# %% ../../nbs/corpus/15_fetch.ipynb #2bae711f
-def take_snapshot(out:Path, file:Path)->dict: # errors: StudyError names file and line
+# %% ../../nbs/corpus/15_fetch.ipynb #47ddb5af
+def take_snapshot(out:Path, # the arXiv folder
+                  file:Path # that was downloaded
+                 )->dict: # records; errors: StudyError names file and line
     "Put a downloaded snapshot into an arXiv folder, checked."
     out, file = Path(out), Path(file)
     n = sum(1 for _ in read_snapshot(file))
@@ -475,7 +543,7 @@ def take_snapshot(out:Path, file:Path)->dict: # errors: StudyError names file an
         (notes/"partial").unlink(missing_ok=True)
     return dict(records=n)
 
-# %% ../../nbs/corpus/15_fetch.ipynb #6063ed2d
+# %% ../../nbs/corpus/15_fetch.ipynb #928d6a4e
 @dataclass(frozen=True)
 class Wanted:
     "Which e-prints."
@@ -491,7 +559,8 @@ def first_day(record:Record)->str: # 2007-04-02, or empty
     try: return parsedate_to_datetime(record.versions[0].created).date().isoformat()
     except (IndexError, TypeError, ValueError): return ""
 
-def is_wanted(record:Record, wanted:Wanted)->bool:
+def is_wanted(record:Record,
+              wanted:Wanted)->bool: # errors: StudyError for a licence policy that does not exist
     "Whether the e-print of a record is asked for."
     if wanted.ids and record.id not in wanted.ids: return False
     if wanted.categories and not is_studied(categories_of(record), wanted.categories): return False
@@ -499,10 +568,11 @@ def is_wanted(record:Record, wanted:Wanted)->bool:
     day = first_day(record)
     return not (wanted.start and day < wanted.start or wanted.until and (not day or day > wanted.until))
 
-# %% ../../nbs/corpus/15_fetch.ipynb #c975dc03
-def _requests(wanted:Wanted)->list[dict]:
+# %% ../../nbs/corpus/15_fetch.ipynb #89bbee90
+def _requests(client:Client, wanted:Wanted)->list[dict]:
     "The lists in which wanted papers are."
-    return [list_request(set=s, start=wanted.start) for s in dict.fromkeys(map(set_of, wanted.categories))] or [list_request(start=wanted.start)]
+    start = first_day_to_ask(client, wanted.start)
+    return [list_request(set=s, start=start) for s in dict.fromkeys(map(set_of, wanted.categories))] or [list_request(start=start)]
 
 def _one_by_one(client:Client, ids:Iterable[str], folder:Path)->Iterator[Page]: # errors: StudyError names an id that is unknown
     "The records of given papers."
@@ -515,7 +585,8 @@ def _one_by_one(client:Client, ids:Iterable[str], folder:Path)->Iterator[Page]: 
             with whole_file(path) as f: f.write(msgspec.json.encode(page))
         yield msgspec.json.decode(path.read_bytes(), type=Page)
 
-def check_ids(ids:Iterable[str])->tuple: # errors: StudyError names one that is none
+def check_ids(ids:Iterable[str] # as people write them: with versions, arXiv: in front
+             )->tuple: # errors: StudyError names one that is none
     "Ids without their versions, each once."
     without_class = lambda i: re.sub(r"^([a-z-]+)\.[A-Z]{2}/", r"\1/", i) # math.GT/0309136 is filed as math/0309136
     bare = list(dict.fromkeys(without_class(re.sub(r"v\d+$", "", i.strip().removeprefix("arXiv:"))) for i in ids if i.strip()))
@@ -523,22 +594,25 @@ def check_ids(ids:Iterable[str])->tuple: # errors: StudyError names one that is 
         if not _arxiv_id.fullmatch(i): raise StudyError(f"{i!r} is no arXiv id; write it as 2101.00001 or hep-th/9901001", code=2)
     return tuple(bare)
 
-# %% ../../nbs/corpus/15_fetch.ipynb #02cb90b8
+# %% ../../nbs/corpus/15_fetch.ipynb #70e16c73
 def _found(pages:Iterable[Page], wanted:Wanted)->Iterator[dict]:
     "Wanted records, in the order of the pages."
     for page in pages: yield from (r for r in page.records if not r.get("deleted") and is_wanted(msgspec.convert(r, Record), wanted))
 
-def choose(client:Client, wanted:Wanted, folder:Path)->dict: # id -> record, in the order in which e-prints will be asked for
+def choose(client:Client, wanted:Wanted,
+           folder:Path # where pages are laid down
+          )->dict: # id -> record, in the order in which e-prints will be asked for
     "The records of the wanted papers, asked for page by page until there are enough."
     if wanted.ids: lists = [_one_by_one(client, wanted.ids, folder/"ids")]
-    else: lists = [harvest(client, request, folder/fingerprint(request)) for request in _requests(wanted)]
+    else: lists = [harvest(client, request, folder/fingerprint(request)) for request in _requests(client, wanted)]
     chosen = {}
     for record in chain.from_iterable(_found(pages, wanted) for pages in lists):
         if wanted.most is not None and record["id"] not in chosen and len(chosen) >= wanted.most: break
         chosen[record["id"]] = record
     return chosen
 
-def choose_from(snapshot:Path, wanted:Wanted)->list[str]: # errors: StudyError names file and line, or an id that is not in it
+def choose_from(snapshot:Path, # arxiv-metadata-oai-snapshot.json
+                wanted:Wanted)->list[str]: # errors: StudyError names file and line
     "The ids of the wanted papers of a snapshot, in its order."
     found = []
     for record in read_snapshot(snapshot):
@@ -546,21 +620,27 @@ def choose_from(snapshot:Path, wanted:Wanted)->list[str]: # errors: StudyError n
         if len(found) == wanted.most: break
     return list(dict.fromkeys(found))
 
-# %% ../../nbs/corpus/15_fetch.ipynb #417661d0
+# %% ../../nbs/corpus/15_fetch.ipynb #a8b62a70
 _kinds = {".gz": rb"\x1f\x8b", ".pdf": rb"%PDF-", ".zip": rb"PK\x03\x04", ".ps": rb"[\x04]?%!", "html": rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|html|head|\?xml)\b"}
 
-def ending_of(head:bytes)->str: # .gz, .pdf, .zip, .ps, .tar or .tex; html: a page for people
+def ending_of(head:bytes # the first 512
+             )->str: # .gz, .pdf, .zip, .ps, .tar or .tex; html: a page for people
     "What an answer is, by its first bytes."
     for kind, pattern in _kinds.items():
         if re.match(pattern, head, re.I): return kind
     return ".tar" if head[257:262] == b"ustar" else ".tex"
 
-def eprint_path(paper:str, ending:str)->Path:
+def eprint_path(paper:str, # its id
+                ending:str # such as .gz
+               )->Path:
     "Where an e-print goes within an arXiv folder, named as in the bulk tars."
     return Path(month_of(paper))/(paper.replace("/", "") + ending)
 
-# %% ../../nbs/corpus/15_fetch.ipynb #0d873e5b
-def is_whole_gzip(path:Path, most_bytes:int=1<<30, step:int=1<<20)->bool: # most_bytes: unpacked; what unpacks to more counts as whole
+# %% ../../nbs/corpus/15_fetch.ipynb #573a5055
+def is_whole_gzip(path:Path,
+                  most_bytes:int=1<<30, # unpacked; what unpacks to more counts as whole
+                  step:int=1<<20 # bytes read at once
+                 )->bool:
     "Whether a gzip file reaches its end, with the right checksum."
     unpack, n = zlib.decompressobj(31), 0
     with open(path, "rb") as file:
@@ -636,7 +716,7 @@ def _one(client:Client, out:Path, paper:str)->Outcome: # errors: GivenUp
     except Gone: return Outcome(paper, "not_found")
     except TooLarge: return Outcome(paper, "too_large")
 
-# %% ../../nbs/corpus/15_fetch.ipynb #58f25dfc
+# %% ../../nbs/corpus/15_fetch.ipynb #f56be310
 def _stop(client:Client, failures:list[GivenUp]): # errors: StudyError
     "End where the server wants to be left alone, or three papers in a row have failed."
     if (failures[-1].last.wait_s or 0) > client.config.most_wait_s: raise failures[-1]
@@ -644,7 +724,10 @@ def _stop(client:Client, failures:list[GivenUp]): # errors: StudyError
     if not any(isinstance(e.last, NotSource) for e in failures): raise failures[-1]
     raise StudyError(f"{urlsplit(client.config.eprints).hostname} answers with pages instead of e-prints ({failures[-1].last}); it has probably closed its door to this machine: wait a day before the same command is given again")
 
-def download(client:Client, ids:list[str], out:Path, notes:Path, quiet:bool=False)->Counter: # papers by outcome
+def download(client:Client, ids:list[str], # in the order in which they are asked for
+             out:Path, # the arXiv folder
+             notes:Path, # its .fetch
+             quiet:bool=False)->Counter: # papers by outcome; errors: StudyError where the server wants to be left alone
     "Ask for e-prints one by one, those left out that are there."
     known, failures = _known(notes, out), []
     counts = Counter(f"{known[i].outcome}_before" for i in ids if i in known)
@@ -686,12 +769,15 @@ def _ids(client:Client, wanted:Wanted, out:Path, notes:Path, snapshot:Path|None)
     if folder.exists(): shutil.rmtree(_put_away(folder))
     return read_json(asked)
 
-# %% ../../nbs/corpus/15_fetch.ipynb #7b3d3576
-def fetch_eprints(out:Path, wanted:Wanted, config:FetchConfig=FetchConfig(), snapshot:Path|None=None, # whose records to choose from; None: the folder's own, else they are harvested
-                  client:Client|None=None, quiet:bool=False)->dict: # papers by outcome, requests
+# %% ../../nbs/corpus/15_fetch.ipynb #136132e5
+def fetch_eprints(out:Path, # the arXiv folder
+                  wanted:Wanted, config:FetchConfig=FetchConfig(),
+                  snapshot:Path|None=None, # whose records to choose from; None: the folder's own, else they are harvested
+                  client:Client|None=None, quiet:bool=False)->dict: # papers by outcome, requests; errors: StudyError
     "Fetch e-prints and their records into an arXiv folder; what is there and whole is not asked for again."
     out, client = Path(out), client or Client(config)
-    wanted = replace(wanted, ids=check_ids(wanted.ids), start=check_day(wanted.start, "--from"), until=check_day(wanted.until, "--until"))
+    start, until = check_days(wanted.start, wanted.until)
+    wanted = replace(wanted, ids=check_ids(wanted.ids), start=start, until=until)
     is_licensed(None, wanted.licence) # an unknown policy is told before anything is asked
     if any(out.glob("src/arXiv_src_*.tar")): raise StudyError(f"{out} holds bulk tars, and where there are tars the corpus stage reads nothing else; fetch e-prints into another folder")
     with working_in(out) as notes:
