@@ -1,7 +1,7 @@
 """Servers that speak arXiv's protocols, fed from an arXiv folder, with the manners of bad days.
 
-The OAI-PMH side follows arXiv's own server (github.com/arXiv/oaipmh): records in the order of their datestamps, a token that holds the query and how many
-records to skip, no token on the last page. E-prints come as arXiv sends them: gzipped, chunked, without an announced length."""
+The OAI-PMH side follows arXiv's own server (github.com/arXiv/oaipmh): records in the order of their datestamps; a token that holds the query, from the day of the
+next record on, and how many of that day to skip; no list from a day before the oldest record's; errors with status 200. An empty token closes a list that was resumed, as the protocol asks. E-prints come as arXiv sends them: gzipped, chunked, without an announced length."""
 import json, re, tarfile, threading, time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -61,34 +61,46 @@ class Arxiv:
 
     `fault(n, path)` is asked before the n-th answer, from 1, and names what goes wrong: busy, reset, cut, slow, robot, flip, expire, again, empty, big, endless, bomb, forbidden;
     or it is called when half of the answer has gone out, which is then cut."""
-    def __init__(self, records, payloads, page=7, announced=False, fault=lambda n, path: None, clock=time.monotonic, deleted=(), withdrawn=(), retry_after="7"):
+    def __init__(self, records, payloads, page=7, announced=False, fault=lambda n, path: None, clock=time.monotonic, deleted=(), withdrawn=(), retry_after="7", earliest=None):
         self.records, self.payloads, self.page, self.announced, self.fault, self.clock = records, payloads, page, announced, fault, clock
         self.deleted, self.withdrawn, self.retry_after = set(deleted), set(withdrawn), retry_after
+        self.earliest, self.last_list = earliest or min((r["update_date"] for r in records), default="2005-09-16"), b""
         self.asked, self.times, self.headers, self.now_open, self.most_open, self.lock = [], [], [], 0, 0, threading.Lock()
 
     def error(self, code): return oai_document(f"<error code={quoteattr(code)}>{code}, says the server</error>")
 
     def oai(self, query, expired=False, again=False):
-        "The answer to a query."
+        "The answer to a query; `again`: the list that was answered last."
         q = dict(parse_qsl(query))
-        if q.get("verb") == "GetRecord":
-            found = [r for r in self.records if q["identifier"] == f"oai:arXiv.org:{r['id']}"]
-            return oai_document(f"<GetRecord>{record_xml(found[0], q['metadataPrefix'])}</GetRecord>") if found else self.error("idDoesNotExist")
-        if q.get("verb") != "ListRecords": return self.error("badVerb")
-        skip = 0
-        if token := q.get("resumptionToken"):
+        match q.get("verb"):
+            case "Identify": return oai_document(f"<Identify><repositoryName>arXiv</repositoryName><earliestDatestamp>{self.earliest}</earliestDatestamp><deletedRecord>persistent</deletedRecord><granularity>YYYY-MM-DD</granularity></Identify>")
+            case "GetRecord":
+                found = [r for r in self.records if q["identifier"] == f"oai:arXiv.org:{r['id']}"]
+                return oai_document(f"<GetRecord>{record_xml(found[0], q['metadataPrefix'])}</GetRecord>") if found else self.error("idDoesNotExist")
+            case "ListRecords": return self.last_list if again else self.list_records(q, expired)
+            case _: return self.error("badVerb")
+
+    def list_records(self, q, expired):
+        "A page of a list."
+        resumed, skip = "resumptionToken" in q, 0
+        if resumed:
             if expired or len(q) > 2: return self.error("badResumptionToken")
-            q = dict(parse_qsl(unquote(token)))
+            q = dict(parse_qsl(unquote(q["resumptionToken"])))
             skip = int(q.pop("skip"))
-            if again: skip = max(0, skip - self.page)
         if q.get("metadataPrefix") not in ("arXiv", "arXivRaw"): return self.error("cannotDisseminateFormat")
-        found = [r for r in self.records if ("set" not in q or any(f"{s}:".startswith(f"{q['set']}:") for s in sets_of(r)))
-                 and q.get("from", "") <= r["update_date"] <= q.get("until", "9999")]
+        first, last = q.get("from", self.earliest), q.get("until", "9999")
+        if first < self.earliest or first > last: return self.error("badArgument")
+        found = [r for r in self.records if ("set" not in q or any(f"{s}:".startswith(f"{q['set']}:") for s in sets_of(r))) and first <= r["update_date"] <= last]
         found.sort(key=lambda r: (r["update_date"], r["id"]))
-        if not found: return self.error("noRecordsMatch")
-        page, q["skip"] = found[skip:skip + self.page], skip + self.page
-        token = f"<resumptionToken expires='2026-11-27T00:00:00Z'>{escape(quote(urlencode(q)))}</resumptionToken>" if q["skip"] < len(found) else ""
-        return oai_document(f"<ListRecords>{''.join(record_xml(r, q['metadataPrefix'], r['id'] in self.deleted) for r in page)}{token}</ListRecords>")
+        page, rest = found[skip:skip + self.page], found[skip + self.page:]
+        if not page: return self.error("noRecordsMatch")
+        token = "<resumptionToken/>" if resumed else ""
+        if rest:
+            day = rest[0]["update_date"]
+            q |= dict(skip=skip + self.page) if page[0]["update_date"] == day else {"from": day, "skip": sum(r["update_date"] == day for r in page)}
+            token = f"<resumptionToken expires='2026-11-27T00:00:00Z'>{escape(quote(urlencode(q)))}</resumptionToken>"
+        self.last_list = oai_document(f"<ListRecords>{''.join(record_xml(r, q['metadataPrefix'], r['id'] in self.deleted) for r in page)}{token}</ListRecords>")
+        return self.last_list
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -186,28 +198,37 @@ def serving(arxiv, context=None): # context: of TLS
 class PaidBucket:
     """Moto's S3 as a bucket whose readers pay: who does not say that they pay, or does not sign, is refused.
 
-    `fault(n)` is asked before the n-th GET of an object, from 1: cut or flip."""
-    def __init__(self, app, fault=lambda n: None): self.app, self.fault, self.n, self.sent, self.refused = app, fault, 0, 0, 0
+    `fault(n, path)` is asked before the n-th GET of an object, from 1: cut or flip. Each answer takes `wait_s`, or waits until `together` of the GETs of tars have come."""
+    def __init__(self, app, fault=lambda n, path: None):
+        self.app, self.fault, self.wait_s, self.together, self.lock = app, fault, 0, None, threading.Lock()
+        self.n, self.sent, self.refused, self.now_open, self.most_open, self.keys = 0, 0, 0, 0, 0, set()
 
     def __call__(self, environ, start):
-        if environ["REQUEST_METHOD"] != "GET" or environ["PATH_INFO"].startswith("/moto-api"): return self.app(environ, start)
-        if "HTTP_AUTHORIZATION" not in environ or environ.get("HTTP_X_AMZ_REQUEST_PAYER") != "requester":
+        path = environ["PATH_INFO"]
+        if environ["REQUEST_METHOD"] != "GET" or path.startswith("/moto-api"): return self.app(environ, start)
+        who = re.search(r"Credential=([^/]*)/", environ.get("HTTP_AUTHORIZATION", ""))
+        if who is None or environ.get("HTTP_X_AMZ_REQUEST_PAYER") != "requester":
             self.refused += 1
             start("403 Forbidden", [("Content-Type", "application/xml")])
             return [b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
-        self.n += 1
-        fault = self.fault(self.n)
+        with self.lock:
+            self.keys.add(who[1])
+            self.n, self.now_open, n = self.n + 1, self.now_open + 1, self.n + 1
+            self.most_open = max(self.most_open, self.now_open)
+        fault = self.fault(n, path)
+        time.sleep(self.wait_s)
+        if self.together and path.endswith(".tar"): self.together.wait()
         def started(status, headers, *more): # a store that rots does not tell the sum of what it sends
             return start(status, [h for h in headers if fault != "flip" or not h[0].lower().startswith("x-amz-checksum")], *more)
         data = b"".join(self.app(environ, started))
         if fault == "flip": data = bytes([data[0] ^ 1]) + data[1:]
         if fault == "cut": data = data[:len(data)//2]
-        self.sent += len(data)
+        with self.lock: self.sent, self.now_open = self.sent + len(data), self.now_open - 1
         return [data]
 
 
 @contextmanager
-def serving_s3(folder, bucket="arxiv", fault=lambda n: None): # folder: an arXiv folder
+def serving_s3(folder, bucket="arxiv", fault=lambda n, path: None): # folder: an arXiv folder
     "Yields the address of an S3 server with the folder's src/ in a bucket whose readers pay, and the bucket."
     import boto3
     from moto.server import DomainDispatcherApplication, create_backend_app

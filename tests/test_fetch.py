@@ -75,6 +75,34 @@ def test_sets_and_days(stock, tmp_path):
     assert [r.id for r in read_snapshot(tmp_path/"a"/SNAPSHOT)] == sorted(r["id"] for r in records if any(c.partition(".")[0] == "math" for c in r["categories"].split()))
     assert [r.id for r in read_snapshot(tmp_path/"b"/SNAPSHOT)] == sorted(r["id"] for r in records if start <= r["update_date"] <= until)
 
+def test_a_day_before_the_oldest_record(stock, tmp_path):
+    "arXiv refuses a list from such a day; who asks for papers since 1991 means all."
+    records, payloads = stock
+    with serving(arxiv := Arxiv(records, payloads)) as address:
+        fetch_metadata(tmp_path/"all", config_of(address))
+        fetch_metadata(tmp_path/"since", config_of(address), start="1991-08-01")
+        summary = fetch_eprints(tmp_path/"papers", Wanted(categories=("math.*",), start="1991-08-01", until="1999-12-31"), config_of(address))
+    assert tree(tmp_path/"since") == tree(tmp_path/"all") and all("from=1991" not in path for path in arxiv.asked)
+    want = [r for r in records if r["categories"].split()[0].startswith("math.") and r["versions"][0]["created"].split()[3] < "2000" and "withdrawn" not in (r["comments"] or "")]
+    assert len(want) > 1 and {r["id"] for r in want} <= {r.id for r in read_snapshot(tmp_path/"papers"/SNAPSHOT)} and summary["asked"] >= len(want)
+
+def test_some_days_hide_no_others(stock, tmp_path):
+    "After a harvest of some days the next one brings what came before and after them."
+    records, payloads = stock
+    days = sorted(r["update_date"] for r in records)
+    with serving(Arxiv(records, payloads)) as address:
+        fetch_metadata(tmp_path, config_of(address), until=days[20])
+        assert len(list(read_snapshot(tmp_path/SNAPSHOT))) < len(records)
+        fetch_metadata(tmp_path, config_of(address), start=days[40])
+        fetch_metadata(tmp_path, config_of(address))
+    assert [r.id for r in read_snapshot(tmp_path/SNAPSHOT)] == sorted(r["id"] for r in records)
+
+def test_days_the_wrong_way_round(stock, tmp_path):
+    with serving(arxiv := Arxiv(*stock)) as address:
+        for go in (lambda: fetch_metadata(tmp_path/"data", config_of(address), start="2024-02-01", until="2024-01-01"), lambda: fetch_eprints(tmp_path/"data", Wanted(start="2024-02-01", until="2024-01-01"), config_of(address))):
+            with pytest.raises(StudyError, match="is later than"): go()
+    assert not arxiv.asked and not (tmp_path/"data").exists()
+
 def test_deleted_records_leave_the_snapshot(stock, tmp_path):
     records, payloads = stock
     gone = {records[3]["id"], records[40]["id"]}
@@ -400,7 +428,7 @@ def paid(mini, monkeypatch):
     pytest.importorskip("moto")
     s3fs = pytest.importorskip("s3fs")
     faults = {}
-    with serving_s3(mini, fault=lambda n: faults.get(n)) as (address, bucket):
+    with serving_s3(mini, fault=lambda n, path: faults.get(n) or faults.get(Path(path).name)) as (address, bucket):
         for name, value in dict(AWS_ENDPOINT_URL=address, AWS_ACCESS_KEY_ID="AKIAEXAMPLE", AWS_SECRET_ACCESS_KEY=SECRET, AWS_DEFAULT_REGION="us-east-1", AWS_EC2_METADATA_DISABLED="true").items(): monkeypatch.setenv(name, value)
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1") # our own tries are what is tested
         s3fs.S3FileSystem.clear_instance_cache()
@@ -422,11 +450,64 @@ def test_tars_from_a_bucket(mini, paid, tmp_path):
     from arxiv_study.corpus.archives import check_manifest
     check_manifest(tmp_path)
 
+@pytest.mark.parametrize("streams", [1, 3])
 @pytest.mark.parametrize("fault", ["cut", "flip"])
-def test_a_bad_line_to_the_bucket(mini, paid, tmp_path, fault):
+def test_a_bad_line_to_the_bucket(mini, paid, tmp_path, fault, streams):
     paid.faults.update({3: fault, 5: fault})
-    bulk.fetch_bulk(tmp_path, FetchConfig(backoff_s=0.))
+    bulk.fetch_bulk(tmp_path, FetchConfig(backoff_s=0., streams=streams))
     assert tars(tmp_path) == tars(mini) and not leftovers(tmp_path)
+    assert paid.n == 1 + 6 + 2 # the manifest, the tars, and again what was bad of two of them
+
+@pytest.mark.parametrize("streams", [2, 3, 6])
+def test_tars_come_side_by_side(mini, paid, tmp_path, streams):
+    "No GET of a tar is answered before so many are there: one stream less would wait for ever. The bytes, the bill and the requests are those of one stream."
+    import threading
+    bills, paid.together = [], threading.Barrier(streams, timeout=60)
+    bulk.fetch_bulk(tmp_path/"many", FetchConfig(streams=streams), agree=lambda bill: bills.append(bill) or True)
+    many, paid.together, paid.n, paid.sent = (paid.n, paid.sent), None, 0, 0
+    assert paid.most_open == streams
+    bulk.fetch_bulk(tmp_path/"one", FetchConfig(streams=1), agree=lambda bill: bills.append(bill) or True)
+    assert tars(tmp_path/"many") == tars(tmp_path/"one") == tars(mini) and not leftovers(tmp_path)
+    assert bills[0] == bills[1] and many == (paid.n, paid.sent) == (7, sum(map(len, tars(mini).values())) + (mini/bulk.MANIFEST).stat().st_size)
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_parts_of_several_tars_are_not_paid_for_twice(mini, paid, tmp_path, streams):
+    "As a kill leaves them; one is longer than its tar, which no fetch of ours makes of it."
+    (tmp_path/".fetch").mkdir()
+    have = 0
+    for k, (name, data) in enumerate(list(tars(mini).items())[:4]):
+        (tmp_path/".fetch"/(Path(name).name + ".part")).write_bytes(data[:len(data)*k//4] if k else data + b"more")
+        have += len(data)*k//4
+    bulk.fetch_bulk(tmp_path, FetchConfig(streams=streams))
+    assert tars(tmp_path) == tars(mini) and not leftovers(tmp_path)
+    assert paid.sent == (mini/bulk.MANIFEST).stat().st_size + sum(map(len, tars(mini).values())) - have
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_one_tar_that_is_bad_ends_the_others(mini, paid, tmp_path, streams):
+    "It is named, nothing more is begun, and what the others have got is not fetched again."
+    bad, size = "arXiv_src_1504_001.tar", sum(map(len, tars(mini).values()))
+    paid.faults[bad] = "flip"
+    with pytest.raises(StudyError, match=f"{bad} has MD5 sum"): bulk.fetch_bulk(tmp_path, FetchConfig(backoff_s=0., streams=streams))
+    assert paid.n <= 1 + 2 + (2*streams if streams > 1 else 1) and not leftovers(tmp_path) # of the others at most two each while the bad one came twice
+    assert all(data == tars(mini)[name] for name, data in tars(tmp_path).items()) and f"src/{bad}" not in tars(tmp_path)
+    have, paid.sent = sum(map(len, tars(tmp_path).values())), 0
+    del paid.faults[bad]
+    bulk.fetch_bulk(tmp_path, FetchConfig(streams=streams))
+    assert tars(tmp_path) == tars(mini) and paid.sent == size - have + (mini/bulk.MANIFEST).stat().st_size
+
+def test_killed_with_several_on_their_way(mini, paid, tmp_path):
+    "SIGKILL while three tars are coming: each kill costs no more than what was on its way."
+    path, process, at = ini(tmp_path, "http://127.0.0.1:1", bulk="s3://arxiv", streams=3), [None], [0]
+    def fault(n, path):
+        if path.endswith(".tar"): at[0] -= 1
+        if at[0] == 0: os.kill(process[0].pid, signal.SIGKILL)
+    paid.fault = fault
+    for at[0], code in ((2, -signal.SIGKILL), (3, -signal.SIGKILL), (-1, 0)):
+        process[0] = subprocess.Popen([*CLI, "fetch", tmp_path/"data", "--bulk", "--yes", "--quiet", "--settings", path], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        _, said = process[0].communicate(timeout=120)
+        assert process[0].returncode == code, said
+        assert all(data == tars(mini)[name] for name, data in tars(tmp_path/"data").items())
+    assert tars(tmp_path/"data") == tars(mini) and not leftovers(tmp_path/"data") and paid.n <= 3 + 6 + 2*3
 
 def test_nothing_is_paid_for_unasked_or_twice(mini, paid, tmp_path):
     assert bulk.fetch_bulk(tmp_path, agree=lambda bill: False)["fetched"] == 0
@@ -446,17 +527,36 @@ def test_who_may_not_read_the_bucket(paid, tmp_path, monkeypatch):
 
 def test_a_damaged_bucket(mini, paid, tmp_path):
     paid.faults.update({n: "flip" for n in (2, 3)})
-    with pytest.raises(StudyError, match="as its manifest says"): bulk.fetch_bulk(tmp_path, FetchConfig(backoff_s=0.))
+    with pytest.raises(StudyError, match="as its manifest says"): bulk.fetch_bulk(tmp_path, FetchConfig(backoff_s=0., streams=1))
     assert not tars(tmp_path) and not leftovers(tmp_path)
 
-def test_no_secret_is_written_or_said(paid, tmp_path):
-    path = ini(tmp_path, "http://127.0.0.1:1", bulk="s3://arxiv")
-    for more in ([], ["--month", "0704"]):
-        said = subprocess.run([*CLI, "fetch", tmp_path/"data", "--bulk", "--yes", "--settings", path, *more], capture_output=True, text=True, timeout=120)
+LOUD = "import logging; logging.basicConfig(level=logging.DEBUG)\n" # everything that any package has to say
+CRASHING = "from arxiv_study.corpus import bulk\nbulk.is_there = lambda *about: 1/0\n" # an error that nobody foresaw, after the store was opened
+
+@pytest.mark.parametrize("before, month, code", [("", "0704", 0), (LOUD, "0704", 0), (LOUD + CRASHING, "0704", 1), (LOUD, "1504", 1)], ids=["quiet", "loud", "loud crash", "loud refusal"])
+def test_no_secret_is_written_or_said(paid, tmp_path, monkeypatch, before, month, code):
+    "Neither the key nor the token of a session, in what is printed, logged or written; also where it goes wrong."
+    token = "FwoGZXIvYXdzEXAMPLETOKEN"
+    monkeypatch.setenv("AWS_SESSION_TOKEN", token)
+    path = ini(tmp_path, "http://127.0.0.1:1", bulk="s3://arxiv", tries=2)
+    paid.faults["arXiv_src_1504_001.tar"] = "flip"
+    said = subprocess.run([sys.executable, "-c", f"{before}from arxiv_study.cli import main\nmain()", "fetch", tmp_path/"data", "--bulk", "--yes", "--month", month, "--settings", path], capture_output=True, text=True, timeout=120)
+    assert said.returncode == code and ("DEBUG" in said.stderr) == (LOUD in before), said.stderr[-2000:]
+    assert ("ZeroDivisionError" in said.stderr) == (CRASHING in before)
+    for secret in (SECRET, token):
+        assert secret not in said.stdout + said.stderr
+        for file in (tmp_path/"data").rglob("*"):
+            if file.is_file(): assert secret.encode() not in file.read_bytes()
+
+def test_the_account_comes_from_the_chain_alone(mini, paid, tmp_path):
+    "fsspec's own settings would come before it."
+    (tmp_path/"fsspec").mkdir()
+    (tmp_path/"fsspec"/"s3.json").write_text(json.dumps({"s3": {"key": "AKIAFILE", "secret": "other"}}))
+    program = f"from arxiv_study.corpus.bulk import fetch_bulk\nfetch_bulk({str(tmp_path/'data')!r}, months='0704', quiet=True)"
+    for more in ({"FSSPEC_S3_KEY": "AKIAOTHER", "FSSPEC_S3_SECRET": "other"}, {"FSSPEC_S3": json.dumps({"anon": True})}, {"FSSPEC_CONFIG_DIR": str(tmp_path/"fsspec")}):
+        said = subprocess.run([sys.executable, "-c", program], env=os.environ | more, capture_output=True, text=True, timeout=120)
         assert said.returncode == 0, said.stderr
-        assert SECRET not in said.stdout + said.stderr
-    for file in (tmp_path/"data").rglob("*"):
-        if file.is_file(): assert SECRET.encode() not in file.read_bytes() and b"AKIAEXAMPLE" not in file.read_bytes()
+    assert paid.keys == {"AKIAEXAMPLE"} and paid.refused == 0
 
 def test_a_bill_wants_someone_to_agree(mini, tmp_path):
     path = ini(tmp_path, "http://127.0.0.1:1", bulk=mini)

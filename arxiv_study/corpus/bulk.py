@@ -7,8 +7,8 @@ __all__ = ['MANIFEST', 'GIB', 'USD_PER_REQUEST', 'tar_month', 'parse_months', 'c
            'in_plain_words', 'Store', 'open_store', 'read_range', 'patiently', 'fetch_manifest', 'Delivery', 'Halted',
            'fetch_tar', 'n_streams', 'fetch_tars', 'is_there', 'bill', 'check_space', 'fetch_bulk']
 
-# %% ../../nbs/corpus/16_bulk.ipynb #58ae64fe
-import asyncio, io, os, re, shutil, sys, threading, time
+# %% ../../nbs/corpus/16_bulk.ipynb #30c600c5
+import asyncio, io, logging, os, re, shutil, sys, threading, time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -105,7 +105,7 @@ def in_plain_words(address:str, # of the store
             raise StudyError(f"{address} does not let us read {path}; whoever reads this bucket pays, so it wants your Amazon account: set AWS_PROFILE, or run `aws configure`") from e
         raise Transient(type(e).__name__) from e
 
-# %% ../../nbs/corpus/16_bulk.ipynb #fd09bbc0
+# %% ../../nbs/corpus/16_bulk.ipynb #c2a8c5c3
 @dataclass(frozen=True)
 class Store:
     "Where the tars are."
@@ -116,6 +116,10 @@ class Store:
 # fsspec has settings of its own, a file and FSSPEC_S3_… in the environment, which would come before Amazon's chain: what is given here comes before them
 _from_the_chain = dict.fromkeys(("key", "secret", "token", "username", "password", "client_kwargs")) | {"anon": False, "requester_pays": True}
 
+def _hush():
+    "Whoever turns on the log lines of every package gets those of the signing of requests as well, which hold the token of a session; not so here."
+    for name in ("botocore", "aiobotocore"): logging.getLogger(name).setLevel(max(logging.INFO, logging.getLogger(name).level))
+
 def open_store(address:str # such as s3://arxiv or a folder
               )->Store: # errors: StudyError
     "A store by its address; the reader of a bucket declares to pay."
@@ -123,6 +127,7 @@ def open_store(address:str # such as s3://arxiv or a folder
     parts = urlsplit(address)
     if parts.username or parts.password or parts.query: raise StudyError("bulk in [fetch] holds a key or a password; remove it, and put your account where Amazon's tools look for it", code=2)
     if parts.scheme == "http" and not _is_local(parts.hostname): raise StudyError(f"{address} is not encrypted; write https", code=2)
+    if parts.scheme in ("s3", "s3a"): _hush()
     with in_plain_words(address, "anything"):
         try: return Store(address, *url_to_fs(address, **(_from_the_chain if parts.scheme in ("s3", "s3a") else {})))
         except ValueError as e: raise StudyError(f"{address} is no address that can be opened; write s3://bucket or a folder", code=2) from e

@@ -1,0 +1,77 @@
+"""A new user's two commands: math.AG fetched from servers that speak arXiv's protocols, then the whole study at smoke scale on what came.
+
+`python -m pytest tests/test_from_fetch.py -m slow`; the 24 runs take about ten minutes."""
+import json, re, shlex, subprocess, sys
+from pathlib import Path
+import pytest
+import check_study
+from arxiv_servers import Arxiv, read_folder, serving
+from arxiv_study.corpus.fetch import SNAPSHOT
+from arxiv_study.corpus.miniature import write_miniature
+from test_fetch import ini
+
+ROOT = Path(__file__).parents[1]
+CLI = [sys.executable, "-c", "from arxiv_study.cli import main; main()"]
+FETCH = "fetch data --category math.AG --max 200 --licence cc" # as the README has it
+MOST = 200
+
+
+def cross_listed(r):
+    "Every studied paper also in math.AG, where real ones of its neighbours are cross-listed."
+    cats = r["categories"].split()
+    return r if "math.AG" in cats else dict(r, categories=" ".join([*cats, "math.AG"]))
+
+@pytest.fixture(scope="module")
+def server_side(tmp_path_factory):
+    "What the server has: more papers under Creative Commons than are asked for. Records, payloads and the truth by id."
+    folder = tmp_path_factory.mktemp("arxiv")/"mini"
+    write_miniature(folder, 600, seed=5)
+    records, payloads = read_folder(folder)
+    truth = {t["id"]: t for t in map(json.loads, (folder/"truth.jsonl").read_text(encoding="utf-8").splitlines())}
+    return [cross_listed(r) for r in records], payloads, truth
+
+def made_by(target, **variables):
+    "The command that `make` runs, without the installation before it."
+    said = subprocess.run(["make", "--no-print-directory", "-n", "-o", "install", target, *(f"{k}={v}" for k, v in variables.items())], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    program, *arguments = shlex.split(said.strip().splitlines()[-1])
+    assert Path(program).name == "arxiv-study", said
+    return [*CLI, *arguments]
+
+def fetch(server_side, place, command=FETCH):
+    "The first command, in a folder of its own."
+    records, payloads, _ = server_side
+    with serving(Arxiv(records, payloads, page=50)) as address:
+        settings = ini(place, address)
+        return subprocess.run([*CLI, *command.split(), "--json", "--settings", settings], cwd=place, capture_output=True, text=True, timeout=600)
+
+def told_truth(server_side, data):
+    "The truth of the papers that were fetched, where the checks look for it."
+    have = {json.loads(line)["id"] for line in (data/SNAPSHOT).read_text(encoding="utf-8").splitlines()}
+    (data/"truth.jsonl").write_text("".join(json.dumps(t) + "\n" for id, t in server_side[2].items() if id in have), encoding="utf-8")
+    return have
+
+
+def test_the_readme_says_the_same():
+    "What is tested is what is written: both commands, with one folder."
+    text = (ROOT/"README.md").read_text(encoding="utf-8")
+    said, folder = re.search(r"^arxiv-study (fetch (\S+) .*)$", text, re.M).groups()
+    assert said.replace(folder, "data") == FETCH and re.search(rf"^make study ARXIV={re.escape(folder)}\b", text, re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_fetch_then_study(server_side, tmp_path):
+    "All 24 runs on 200 fetched papers; the ledger agrees with the truth, bytes are conserved, the baseline has learned."
+    said = fetch(server_side, tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert json.loads(said.stdout)[0]["asked"] == MOST
+    data, work = tmp_path/"data", tmp_path/"work"
+    made = subprocess.run(made_by("study", ARXIV=data, WORKSPACE=work), cwd=ROOT, capture_output=True, text=True, timeout=3000)
+    assert made.returncode == 0, made.stderr[-4000:]
+    have = told_truth(server_side, data)
+    assert len(have) == MOST
+    ledger = check_study.baseline_ledger(work)
+    check_study.check_ledger(data, ledger)
+    check_study.check_conservation(ledger)
+    check_study.check_runs(work)
+    assert all("creativecommons.org" in row for row in ledger["license"])
