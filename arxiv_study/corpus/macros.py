@@ -555,7 +555,7 @@ def alias(self:Expander, text, m):
     named = word in self.names or word in STRUCTURE or word in ("begingroup", "endgroup", "bgroup", "egroup") or "@" in word or PROGRAM.search("\\" + word)
     return None if named else macro_of((), "\\" + word), end
 
-# %% ../../nbs/corpus/06_macros.ipynb #227ec916
+# %% ../../nbs/corpus/06_macros.ipynb #47c180de
 TAKES_ONE = frozenset("""sqrt hat widehat tilde widetilde check widecheck bar vec dot ddot dddot acute grave breve mathring overline overbrace overleftarrow overrightarrow underline underbrace mathbf mathrm
     mathcal mathbb mathsf mathfrak mathtt mathit mathscr mathop mathrel mathbin mathord mathopen mathclose mathinner boldsymbol bm operatorname text textbf textit textrm textsf texttt textsc textup textmd
     textsl textnormal emph mbox phantom hphantom vphantom pmb frac dfrac tfrac cfrac binom dbinom tbinom overset underset stackrel""".split())
@@ -582,6 +582,7 @@ def takes_token(
     if left[left.rfind("\\") + 1:] in TAKES_ONE: return "{"
     return "{" if ("frac" in left or "binom" in left or "set" in left or "rel" in left) and SECOND.search(left) else ""
 
+# %% ../../nbs/corpus/06_macros.ipynb #0d5e2773
 def fitted(
     left:str, # the text before a use
     new:str, # what the use becomes
@@ -597,10 +598,9 @@ def fitted(
     if meets(left, new): new = " " + new
     return new + " " if meets(new, right) else new
 
-# %% ../../nbs/corpus/06_macros.ipynb #ad7c1cc9
+# %% ../../nbs/corpus/06_macros.ipynb #7781b9c7
 XSPACE = re.compile(r"(?:\\xspace(?![a-zA-Z@])[ \t]*)+")
 NO_SPACE = frozenset("{}~.,:;?/')-!")
-IN_MATH = re.compile(r"(?:equation|align|eqnarray|gather|multline|displaymath|math|alignat|flalign|cases|array|[pbvBV]?matrix|aligned|split)\*?\}")
 
 def with_space(
     new:str, # what a use becomes
@@ -614,6 +614,9 @@ def with_space(
         if not right.strip() or right[0] in NO_SPACE or right in ("\\/", "\\ ") or at_end and not gap and right[0] in "$_^&=": return ""
         return " "
     return XSPACE.sub(one, new)
+
+# %% ../../nbs/corpus/06_macros.ipynb #bd4a5c5e
+IN_MATH = re.compile(r"(?:equation|align|eqnarray|gather|multline|displaymath|math|alignat|flalign|cases|array|[pbvBV]?matrix|aligned|split)\*?\}")
 
 def in_formula(
     text:str, # LaTeX
@@ -629,6 +632,7 @@ def in_formula(
     else: formula = part[part.rfind("$"):]
     return "$" not in formula[1:] and "\\text" not in formula and "box{" not in formula
 
+# %% ../../nbs/corpus/06_macros.ipynb #ad36d2c6
 @lru_cache(maxsize=1000)
 def unwrapped(
     new:str, # what a use becomes

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERBATIM', 'CONTROL_WORD', 'INLINE_VERBATIM', 'BRACES', 'MATH', 'EMPTY_LINE', 'ESCAPED_DOLLAR', 'BLOCKS', 'n_bytes',
            'escaped', 'any_of', 'past', 'Ahead', 'argument_end', 'past_dollars', 'Dollars', 'blocks', 'dollars_end',
-           'block_end', 'split_formulas', 'split_inline', 'inline_end']
+           'block_end', 'inline_end', 'split_inline', 'split_formulas']
 
 # %% ../../nbs/corpus/04_scan.ipynb #ac5fa651
 import re
@@ -178,18 +178,15 @@ def block_end(m, ahead):
     end = ahead.past(start, "\\]" if kind == "display" else "\\)" if kind == "inline" else "\\end{%s}" % m[kind])
     return None if end is None or kind != "verbatim" and ahead.within(start, end, EMPTY_LINE) else end
 
-# %% ../../nbs/corpus/04_scan.ipynb #64df8566
-def split_formulas(
-    text:str, # LaTeX
-)->tuple: # (prose, held): prose[0] + held[0] + prose[1] + ... + prose[-1] is the text
-    "Take a text apart into prose, and the formulas and verbatim passages between"
-    prose, held, run, pos = [], [], [], 0
-    for a, b in blocks(text) + [(len(text), len(text))]:
-        run = split_inline(text[pos:a], run, prose, held)
-        if b > a: prose.append("".join(run)); held.append(text[a:b]); run = []
-        pos = b
-    return prose + ["".join(run)], held
+# %% ../../nbs/corpus/04_scan.ipynb #e9fe63b6
+def inline_end(parts, i):
+    "The part after the dollar sign that closes the formula which starts with part `i`; None where an empty line or nothing comes first"
+    for end in range(i + 1, min(i + 50, len(parts))):
+        if "\n" in parts[end - 1] and EMPTY_LINE.search(parts[end - 1]): return None
+        if not (parts[end - 1].endswith("\\") and escaped(parts[end - 1], len(parts[end - 1]))): return end
+    return None
 
+# %% ../../nbs/corpus/04_scan.ipynb #447e786d
 def split_inline(
     gap:str, # LaTeX without displays
     run:list, # prose not yet closed by a formula
@@ -215,9 +212,14 @@ def split_inline(
         i = end + 1
     return run
 
-def inline_end(parts, i):
-    "The part after the dollar sign that closes the formula which starts with part `i`; None where an empty line or nothing comes first"
-    for end in range(i + 1, min(i + 50, len(parts))):
-        if "\n" in parts[end - 1] and EMPTY_LINE.search(parts[end - 1]): return None
-        if not (parts[end - 1].endswith("\\") and escaped(parts[end - 1], len(parts[end - 1]))): return end
-    return None
+# %% ../../nbs/corpus/04_scan.ipynb #cb72adb5
+def split_formulas(
+    text:str, # LaTeX
+)->tuple: # (prose, held): prose[0] + held[0] + prose[1] + ... + prose[-1] is the text
+    "Take a text apart into prose, and the formulas and verbatim passages between"
+    prose, held, run, pos = [], [], [], 0
+    for a, b in blocks(text) + [(len(text), len(text))]:
+        run = split_inline(text[pos:a], run, prose, held)
+        if b > a: prose.append("".join(run)); held.append(text[a:b]); run = []
+        pos = b
+    return prose + ["".join(run)], held

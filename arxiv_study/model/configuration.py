@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'CHOICES', 'PAPER_RECIPE', 'ON_SPIKE', 'ModelConfig', 'n_hidden_parameters', 'n_parameters',
-           'flops_per_token', 'one_of', 'TrainingConfig', 'GuardConfig', 'tokens_per_step', 'n_steps', 'from_fields',
-           'RunConfig', 'read_run']
+           'flops_per_token', 'one_of', 'TrainingConfig', 'check_training', 'GuardConfig', 'tokens_per_step', 'n_steps',
+           'from_fields', 'RunConfig', 'read_run']
 
 # %% ../../nbs/model/00_configuration.ipynb #c2c2a565
 import json
@@ -78,7 +78,7 @@ def one_of(
 # %% ../../nbs/model/00_configuration.ipynb #97533284
 CHOICES = {"schedule": ("wsd", "cosine", "linear"), "precision": ("fp32", "bf16", "fp16"), "activation_checkpointing": ("none", "selective", "full"), "zero_stage": (0, 1, 2, 3)}
 
-# %% ../../nbs/model/00_configuration.ipynb #35f17480
+# %% ../../nbs/model/00_configuration.ipynb #3a4323d6
 @dataclass(frozen=True)
 class TrainingConfig:
     "How a model is trained: budget, optimiser, schedule, memory and cadence"
@@ -112,18 +112,24 @@ class TrainingConfig:
     keep_best: bool = False  # and the one with the best held-out bits per byte
     seed: int = 0
 
-    def __post_init__(self):
-        if sum(x is not None for x in (self.tokens, self.tokens_per_parameter, self.steps)) != 1:
-            raise StudyError("state one budget: training.tokens, training.tokens_per_parameter or training.steps")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices: raise StudyError(f"training.{name} is {getattr(self, name)!r}: use {one_of(choices)}")
-        if self.branch_tokens and self.schedule != "wsd": raise StudyError("training.branch_tokens needs training.schedule wsd")
-        if self.precision == "fp16" and self.zero_stage == 0:
-            raise StudyError("training.precision fp16 needs training.zero_stage 1, 2 or 3: without ZeRO, DeepSpeed does not scale the loss")
-        if self.keep_checkpoints < 1: raise StudyError(f"training.keep_checkpoints is {self.keep_checkpoints}: give a number from 1")
-        if self.keep_best and not (self.evaluate_every and self.checkpoint_every and self.checkpoint_every % self.evaluate_every == 0):
-            raise StudyError("training.keep_best needs training.evaluate_every, and training.checkpoint_every as a multiple of it: what is kept has been measured")
-        if self.noise_every is not None and self.noise_every < 1: raise StudyError(f"training.noise_every is {self.noise_every}: give steps from 1, or leave it out")
+    def __post_init__(self): check_training(self)
+
+# %% ../../nbs/model/00_configuration.ipynb #32a98aef
+def check_training(
+    training,  # a TrainingConfig; StudyError where it cannot be meant
+):
+    "Budget, choices and what depends on each other"
+    if sum(x is not None for x in (training.tokens, training.tokens_per_parameter, training.steps)) != 1:
+        raise StudyError("state one budget: training.tokens, training.tokens_per_parameter or training.steps")
+    for name, choices in CHOICES.items():
+        if getattr(training, name) not in choices: raise StudyError(f"training.{name} is {getattr(training, name)!r}: use {one_of(choices)}")
+    if training.branch_tokens and training.schedule != "wsd": raise StudyError("training.branch_tokens needs training.schedule wsd")
+    if training.precision == "fp16" and training.zero_stage == 0:
+        raise StudyError("training.precision fp16 needs training.zero_stage 1, 2 or 3: without ZeRO, DeepSpeed does not scale the loss")
+    if training.keep_checkpoints < 1: raise StudyError(f"training.keep_checkpoints is {training.keep_checkpoints}: give a number from 1")
+    if training.keep_best and not (training.evaluate_every and training.checkpoint_every and training.checkpoint_every % training.evaluate_every == 0):
+        raise StudyError("training.keep_best needs training.evaluate_every, and training.checkpoint_every as a multiple of it: what is kept has been measured")
+    if training.noise_every is not None and training.noise_every < 1: raise StudyError(f"training.noise_every is {training.noise_every}: give steps from 1, or leave it out")
 
 # %% ../../nbs/model/00_configuration.ipynb #0eb931c3
 PAPER_RECIPE = TrainingConfig(tokens=52_180_000_000, lr_hidden_at_2048=2e-4, lr_other=2e-4, lr_by_width=False, weight_decay=0.1, decay_all=True, clip=1.0,
@@ -200,13 +206,14 @@ class RunConfig:
     trackers: tuple[str, ...] = ()  # besides metrics.jsonl: tensorboard, wandb, trackio
     prompts: tuple[str, ...] = ("We prove that", "Let $G$ be", "\\begin{equation}\n")  # of the samples
 
-# %% ../../nbs/model/00_configuration.ipynb #db0f28de
+# %% ../../nbs/model/00_configuration.ipynb #603fe76e
 def read_run(
     path: Path,  # config.json, or YAML
 ) -> RunConfig:
     "The configuration of a run, checked name by name"
-    parse = yaml.safe_load if Path(path).suffix in (".yaml", ".yml") else json.loads
-    try: raw = parse(Path(path).read_text())
+    path = Path(path)
+    if not path.is_file(): raise StudyError(f"{path} cannot be read as a run configuration: there is no such file; give a JSON or YAML file, such as the config.json in a run's folder")
+    try: raw = (yaml.safe_load if path.suffix in (".yaml", ".yml") else json.loads)(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as e: raise StudyError(f"{path} cannot be read as a run configuration: {e}")
     if not isinstance(raw, dict): raise StudyError(f"{path} holds no mapping")
     raw = {**raw, "model": from_fields(ModelConfig, raw.get("model", {}), "model"),
