@@ -81,10 +81,14 @@ def _blocks(file, # opened for bytes, unbuffered
         if len(rest) > max_line: break
     if rest: yield rest
 
-# %% ../../nbs/corpus/02_metadata.ipynb #75553415
+# %% ../../nbs/corpus/02_metadata.ipynb #a2e25874
+_packed = {b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "a gzip file"} # by their first bytes
+
 def _wrong_line(path:Path, block:bytes, offset:int, # where the block begins
                 decode)->StudyError:
     "What to say about a block that cannot be decoded."
+    for magic, kind in _packed.items():
+        if not offset and block.startswith(magic): return StudyError(f"{path} is {kind}; unpack it, and give what was in it")
     with open(path, "rb", buffering=0) as file:
         before = sum(file.read(min(1<<18, offset - at)).count(b"\n") for at in range(0, offset, 1<<18))
     for n, line in enumerate(block.split(b"\n"), before + 1):

@@ -426,9 +426,9 @@ class Writer:
         kept = [words[r] for r in order[:max(6, 2*len(words)//3)]]
         return kept, zipf_weights(len(kept))
 
-# %% ../../nbs/corpus/01_miniature.ipynb #af156133
+# %% ../../nbs/corpus/01_miniature.ipynb #5b5c2f94
 @patch
-def expand(self: Writer, slot: str) -> str:
+def expand(self: Writer, slot: str) -> str:  # slot: the name of a rule, such as noun
     "One random expansion of a slot."
     rule = self.rules.get(slot)
     if rule is None: return getattr(self, f"_{slot}")()
@@ -437,11 +437,11 @@ def expand(self: Writer, slot: str) -> str:
     if isinstance(parts, str): return parts
     return "".join([p if i % 2 == 0 else self.expand(p) for i, p in enumerate(parts)])
 
-# %% ../../nbs/corpus/01_miniature.ipynb #a381cb08
+# %% ../../nbs/corpus/01_miniature.ipynb #2d28eb4b
 _PLURALS = dict(spectrum="spectra", hypothesis="hypotheses", matrix="matrices", vertex="vertices", index="indices", simplex="simplices",
                 sheaf="sheaves", automaton="automata", phenomenon="phenomena", criterion="criteria", series="series", corpus="corpora", locus="loci")
 
-def plural(noun: str) -> str:
+def plural(noun: str) -> str:  # noun: a term, which may have several words
     "The plural of a term, as far as our word lists need it."
     head, space, last = noun.rpartition(" ")
     if last in _PLURALS: return head + space + _PLURALS[last]
@@ -480,7 +480,7 @@ def _fig(self: Writer): return self._label("fig")
 @patch
 def _cite(self: Writer): return r"\cite{%s}" % ",".join(self.rng.sample(self.keys, min(len(self.keys), self.rng.choice((1, 1, 1, 2)))))
 
-# %% ../../nbs/corpus/01_miniature.ipynb #8683f843
+# %% ../../nbs/corpus/01_miniature.ipynb #de847030
 _article = re.compile(r"\b([Aa]) (?=[aeio]|u(?!ni|se|su))")
 
 @patch
@@ -492,11 +492,11 @@ def sentence(self: Writer,
     return text[0].upper() + text[1:]
 
 @patch
-def sentences(self: Writer, kinds: str) -> str:
+def sentences(self: Writer, kinds: str) -> str:  # kinds: names of rules, such as aim fact
     "One sentence for each kind named."
     return " ".join([self.sentence(k) for k in kinds.split()])
 
-# %% ../../nbs/corpus/01_miniature.ipynb #69ffaf87
+# %% ../../nbs/corpus/01_miniature.ipynb #a3fa8345
 @dataclass(frozen=True)
 class Habits:
     "How one author writes LaTeX."
@@ -509,7 +509,7 @@ class Habits:
     comments: float       # chance of a comment after a paragraph
     bbl: bool             # bibliography in a .bbl file beside the main file
 
-def choose_habits(rng: random.Random, domain: str) -> Habits:
+def choose_habits(rng: random.Random, domain: str) -> Habits:  # domain: math, cs, physics or stat
     "The habits of the author of one paper."
     classes = dict(math="amsart article amsart", cs="article acmart llncs", physics="revtex4-1 article JHEP3", stat="article imsart article")
     theorem, lemma = rng.choice((("theorem", "lemma"), ("thm", "lem"), ("theorem", "lemma"), ("Theorem", "Lemma")))
@@ -518,8 +518,8 @@ def choose_habits(rng: random.Random, domain: str) -> Habits:
     return Habits(rng.choice(classes[domain].split()), theorem, lemma, display, equation, rng.choice((0, 72, 78, 85)),
                   rng.choice((0.02, 0.08, 0.2)), rng.random() < 0.3)
 
-# %% ../../nbs/corpus/01_miniature.ipynb #fe57dbaa
-def fold_lines(text: str, width: int) -> str:
+# %% ../../nbs/corpus/01_miniature.ipynb #1ffeed07
+def fold_lines(text: str, width: int) -> str:  # width: characters
     "Break a paragraph at spaces into lines of about `width` characters; 0 leaves it alone."
     if not width: return text
     lines, line = [], ""
@@ -528,9 +528,9 @@ def fold_lines(text: str, width: int) -> str:
         else: line = f"{line} {word}" if line else word
     return "\n".join([*lines, line])
 
-# %% ../../nbs/corpus/01_miniature.ipynb #2eec9bee
+# %% ../../nbs/corpus/01_miniature.ipynb #3898833c
 @patch
-def paragraph(self: Writer, kinds: str) -> str:
+def paragraph(self: Writer, kinds: str) -> str:  # kinds: names of rules, such as aim fact
     "A paragraph with a sentence for each kind, and now and then a comment."
     text = self.sentences(kinds)
     if self.rng.random() < 0.04: text = f"{text[:-1]}\\footnote{{{self.sentence('fact')}}}."
@@ -553,9 +553,9 @@ def display(self: Writer) -> str:
     begin, end = self.habits.display
     return f"{begin}\n{formula}.\n{end}\n"
 
-# %% ../../nbs/corpus/01_miniature.ipynb #d15264e5
+# %% ../../nbs/corpus/01_miniature.ipynb #c4940d28
 @patch
-def theorem(self: Writer, environment: str) -> str:
+def theorem(self: Writer, environment: str) -> str:  # environment: such as lemma
     "A statement; its proof is another block."
     label = self.due["thm"].pop(0) if self.due["thm"] else None
     name = f"[{self.sentence('eponym')}]" if self.rng.random() < 0.15 else ""
@@ -699,20 +699,22 @@ def _preamble(rng: random.Random, habits: Habits, macros: str) -> str:
     lines += [f"\\newtheorem{{{e}}}[{habits.theorem}]{{{'Lemma' if e == habits.lemma else e.capitalize()}}}" for e in (habits.lemma, "proposition", "corollary", "remark", "definition") if e != habits.theorem]
     return "\n".join(lines) + f"\n\n% notation\n{macros}\n"
 
-# %% ../../nbs/corpus/01_miniature.ipynb #a59c7292
+# %% ../../nbs/corpus/01_miniature.ipynb #41089fa9
 _BEGIN = "\\begin{document}\n\n"
 
 @patch
-def front(self: Writer, title, abstract, authors) -> str:
+def front(self: Writer, title: str, abstract: str, authors: tuple) -> str:  # authors: (name, initial) of each
     "Title, authors and abstract."
     names = " \\and ".join(f"{initial}~{name}" for name, initial in authors)
     return f"\\title{{{title}}}\n\\author{{{names}}}\n\\date{{}}\n\\maketitle\n\n\\begin{{abstract}}\n{fold_lines(abstract, self.habits.wrap)}\n\\end{{abstract}}\n\n"
 
-# %% ../../nbs/corpus/01_miniature.ipynb #32a8568d
+# %% ../../nbs/corpus/01_miniature.ipynb #fb2099b5
 _FIGURE = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 72 72\n0 0 moveto 72 72 lineto stroke\nshowpage\n%%EOF\n"
 
 @patch
-def bind(self: Writer, front: str, sections: list, main: str) -> dict[str, str]:
+def bind(self: Writer, front: str,  # as `front` writes it
+         sections: list, main: str  # name of the main file
+        ) -> dict[str, str]:  # path -> text
     "Lay a paper out in files: one file, or an `\\input` tree."
     rng, files, macros = self.rng, {}, _macros(self.rng)
     if rng.random() < 0.3: files["macros.tex"], macros = macros, "\\input{macros}\n"
@@ -728,7 +730,7 @@ def bind(self: Writer, front: str, sections: list, main: str) -> dict[str, str]:
     end = "\\end{document}\n" + ("notes after the end are not read\n" if rng.random() < 0.1 else "")
     return {main: _preamble(rng, self.habits, macros) + _BEGIN + front + "\n".join(texts) + "\n" + thanks + bibliography + end, **files}
 
-# %% ../../nbs/corpus/01_miniature.ipynb #2eed7bd2
+# %% ../../nbs/corpus/01_miniature.ipynb #ba02fc50
 @dataclass(frozen=True)
 class Draft:
     "A paper as its authors have it."
@@ -739,7 +741,7 @@ class Draft:
     files: dict[str, bytes]    # path -> content
     main: str                  # path of the main file
 
-def write_draft(rng: random.Random, domain: str) -> Draft:
+def write_draft(rng: random.Random, domain: str) -> Draft:  # domain: math, cs, physics or stat
     "A healthy paper of a domain."
     writer = Writer(rng, domain).plan()
     title, authors = writer.title(), tuple(writer.author() for _ in range(rng.choice((1, 1, 2, 3))))
@@ -751,7 +753,7 @@ def write_draft(rng: random.Random, domain: str) -> Draft:
     if any(b"\\includegraphics" in t for t in files.values()): files["fig1.eps"] = _FIGURE
     return Draft(domain, title, abstract, authors, files, main)
 
-# %% ../../nbs/corpus/01_miniature.ipynb #b57be0ab
+# %% ../../nbs/corpus/01_miniature.ipynb #362d46a5
 @dataclass(frozen=True)
 class Layout:
     "Which paper stands in which bulk tar, and under which id."
@@ -760,12 +762,13 @@ class Layout:
 
     @property
     def n_tars(self) -> int:
+        "How many tars there are."
         n = -(-self.n_papers//(self.papers_per_tar or 100))
         return n if self.papers_per_tar else max(n, min(4, self.n_papers//5 + 1))
-    def first(self, tar: int) -> int: return tar*self.n_papers//self.n_tars
-    def tar_of(self, paper: int) -> int: return ((paper + 1)*self.n_tars - 1)//self.n_papers
+    def first(self, tar: int) -> int: return tar*self.n_papers//self.n_tars  # tar: its index; the index of its first paper
+    def tar_of(self, paper: int) -> int: return ((paper + 1)*self.n_tars - 1)//self.n_papers  # paper: its index; the index of its tar
 
-# %% ../../nbs/corpus/01_miniature.ipynb #292242ca
+# %% ../../nbs/corpus/01_miniature.ipynb #cd219cde
 _RECENT = [f"{y:02d}{m:02d}" for y in range(15, 26) for m in range(1, 13)][2:]
 
 @patch
@@ -777,7 +780,7 @@ def month(self: Layout, tar: int) -> tuple[str, int]:  # YYMM, number of the tar
     return _RECENT[(tar - 2)//a_month], (tar - 2) % a_month + 1
 
 @patch
-def first_of_month(self: Layout, tar: int) -> int:
+def first_of_month(self: Layout, tar: int) -> int:  # tar: its index
     "Index of the first paper in the month of a tar."
     return self.first(tar - self.month(tar)[1] + 1)
 
@@ -825,8 +828,10 @@ def _versions(rng: random.Random, yymm: str) -> list[dict]:
         day += timedelta(rng.randint(2, 300))
     return out
 
-# %% ../../nbs/corpus/01_miniature.ipynb #bd10d784
-def make_record(rng: random.Random, draft: Draft, arxiv_id: str, yymm: str, categories: str) -> dict:
+# %% ../../nbs/corpus/01_miniature.ipynb #6eacab54
+def make_record(rng: random.Random, draft: Draft, arxiv_id: str, yymm: str,  # month of the first version
+                categories: str  # separated by spaces, primary first
+               ) -> dict:
     "The metadata record of a paper, in the field layout of arXiv's snapshot."
     versions, names = _versions(rng, yymm), [f"{initial} {name}" for name, initial in draft.authors]
     comments = rng.choice((None, f"{rng.randint(4, 60)} pages", f"{rng.randint(8, 40)} pages, {rng.randint(1, 9)} figures", "v2: minor corrections"))
@@ -858,7 +863,7 @@ def _cycle(paper: int, share: float) -> int|None:
     n = int((paper + 1)*share)
     return n - 1 if n > int(paper*share) else None
 
-# %% ../../nbs/corpus/01_miniature.ipynb #c6160bb8
+# %% ../../nbs/corpus/01_miniature.ipynb #5833bd6d
 def squeeze(*pieces: bytes) -> bytes:
     "The pieces as one gzip stream without a time stamp."
     packer = zlib.compressobj(6, zlib.DEFLATED, 31)  # 31: a window of 2^15 and a gzip header
@@ -866,7 +871,9 @@ def squeeze(*pieces: bytes) -> bytes:
 
 _WHEN = 1_700_000_000  # every member's time, as good as any
 
-def pack_files(files: dict[str, bytes], links: dict[str, str] = {}) -> bytes:
+def pack_files(files: dict[str, bytes],  # path -> content
+               links: dict[str, str] = {}  # path -> where it leads
+              ) -> bytes:
     "A gzipped tar of the files of an e-print, symbolic links last."
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -880,8 +887,8 @@ def pack_files(files: dict[str, bytes], links: dict[str, str] = {}) -> bytes:
             tar.addfile(info)
     return squeeze(packed.getvalue())
 
-# %% ../../nbs/corpus/01_miniature.ipynb #a569341c
-def small_pdf(title: str) -> bytes:
+# %% ../../nbs/corpus/01_miniature.ipynb #2382d04b
+def small_pdf(title: str) -> bytes:  # title: the line
     "A valid PDF of one page that shows a line."
     line = re.sub(r"[^A-Za-z0-9 ,.]", "", title)[:60]
     stream = f"BT /F1 12 Tf 72 720 Td ({line}) Tj ET"
@@ -1248,14 +1255,14 @@ class Miniature:
     troubled: float = 0.14  # share of papers that the corpus should drop
     odd: float = 0.12       # share of papers with something odd about them
 
-# %% ../../nbs/corpus/01_miniature.ipynb #7f39519d
+# %% ../../nbs/corpus/01_miniature.ipynb #d34f82ad
 @patch
 def _rng(self: Miniature, paper: int, purpose: str) -> random.Random:
     "Random numbers for one purpose; they follow from the seed and the number of the paper."
     return random.Random(f"{self.seed}/{paper}/{purpose}")
 
 @patch
-def plant(self: Miniature, paper: int) -> str|None:
+def plant(self: Miniature, paper: int) -> str|None:  # paper: its index; None: a healthy one
     "The trouble or oddity that is planted in a paper."
     for plants, share in ((TROUBLES, self.troubled), (ODDITIES, self.odd)):
         n = _cycle(paper, share)
@@ -1263,15 +1270,15 @@ def plant(self: Miniature, paper: int) -> str|None:
     return None
 
 @patch
-def domain(self: Miniature, paper: int) -> str:
+def domain(self: Miniature, paper: int) -> str:  # paper: its index
     "The domain of a paper; an old id names its archive."
     archive = self.layout.place(paper)[0].partition("/")[0]
     if archive in _OLD_ARCHIVES: return {"cs": "cs", "math": "math"}.get(archive, "physics")
     return self._rng(paper, "domain").choices(("math", "cs", "physics", "stat"), cum_weights=(38, 66, 88, 100))[0]
 
-# %% ../../nbs/corpus/01_miniature.ipynb #6bf59df3
+# %% ../../nbs/corpus/01_miniature.ipynb #74498352
 @patch
-def healthy(self: Miniature, paper: int) -> Submission:
+def healthy(self: Miniature, paper: int) -> Submission:  # paper: its index
     "A paper as it would be without any trouble."
     (arxiv_id, name, yymm), rng, domain = self.layout.place(paper), self._rng(paper, "paper"), self.domain(paper)
     draft = write_draft(rng, domain)
@@ -1281,7 +1288,7 @@ def healthy(self: Miniature, paper: int) -> Submission:
     if single: files, main = {"main.tex": files[main]}, "main.tex"
     return Submission(arxiv_id, name, domain_of(record["categories"]), record, files, main, "gz-tex" if single else "tar-gz", truth=dict(number=paper))
 
-# %% ../../nbs/corpus/01_miniature.ipynb #b5b98435
+# %% ../../nbs/corpus/01_miniature.ipynb #fc99f65b
 @patch
 def healthy_before(self: Miniature, s: Submission, rng: random.Random) -> Submission:
     "An earlier paper that nothing was planted in, of the same domain where there is one."
@@ -1291,13 +1298,15 @@ def healthy_before(self: Miniature, s: Submission, rng: random.Random) -> Submis
     return self.healthy(rng.choice(same or earlier))
 
 @patch
-def twin(self: Miniature, s: Submission, other: Submission, files: dict, similarity: str) -> Submission:
+def twin(self: Miniature, s: Submission, other: Submission,  # whose text it has
+         files: dict, similarity: str  # exact or near
+        ) -> Submission:
     "A submission with the text of another."
     record = {**s.record, **{k: other.record[k] for k in ("title", "abstract", "categories")}}
     return replace(s, domain=other.domain, record=record, files=files, main=other.main, container=other.container, truth=dict(duplicate_of=other.id, similarity=similarity))
 
 @patch
-def submission(self: Miniature, paper: int) -> Submission:
+def submission(self: Miniature, paper: int) -> Submission:  # paper: its index
     "A paper as it is submitted, trouble included."
     s, name = self.healthy(paper), self.plant(paper)
     if name is None: return s
@@ -1346,8 +1355,8 @@ def write_tar(self: Miniature, folder: Path, number: int, submissions) -> dict: 
     return dict(content_md5sum=content.hexdigest(), filename=f"src/{path.name}", first_item=items[0] if items else "", last_item=items[-1] if items else "", md5sum=file_digest(path, "md5"),
                 num_items=len(items), seq_num=seq, size=path.stat().st_size, timestamp="2026-01-01 00:00:00", yymm=yymm)
 
-# %% ../../nbs/corpus/01_miniature.ipynb #849aee4e
-def manifest_xml(entries: list[dict]) -> str:
+# %% ../../nbs/corpus/01_miniature.ipynb #921b1da3
+def manifest_xml(entries: list[dict]) -> str:  # entries: a dictionary of names and values for each tar
     "The manifest as arXiv writes it."
     fields = lambda e: "".join(f"    <{k}>{v}</{k}>\n" for k, v in e.items())
     files = "".join(f"  <file>\n{fields(e)}  </file>\n" for e in entries)
@@ -1372,10 +1381,10 @@ def write(self: Miniature, out: Path) -> dict:  # counts
     (out/"src"/"arXiv_src_manifest.xml").write_text(manifest_xml(entries), encoding="utf-8")
     return dict(counts, tars=len(entries), tar_bytes=sum(e["size"] for e in entries))
 
-# %% ../../nbs/corpus/01_miniature.ipynb #3f68c110
+# %% ../../nbs/corpus/01_miniature.ipynb #12be2c03
 def write_miniature(out: Path,                    # folder to write; must not exist
                     n_papers: int = 400,          # rows the ledger will have
-                    seed: int = 0,
+                    seed: int = 0,                # another one, another arXiv
                     papers_per_tar: int|None = None,  # at most; None: 100, and four tars at least
                    ) -> dict:                     # papers, records, members, kept, dropped, tex_bytes, tars, tar_bytes
     "Write a miniature arXiv; the same arguments give the same bytes. Errors: StudyError where `out` exists or a number is no number of papers."
