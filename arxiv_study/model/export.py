@@ -106,7 +106,7 @@ def metadata(
     head = dict(language=["en"], license="other", license_name="licences-of-the-papers", library_name="transformers", pipeline_tag="text-generation", tags=["arxiv", "latex", "arxiv-study"])
     return yaml.safe_dump({**head, **({"model-index": measured} if metrics else {})}, sort_keys=False, allow_unicode=True)
 
-# %% ../../nbs/model/13_export.ipynb #6ca15098
+# %% ../../nbs/model/13_export.ipynb #39d54766
 CARD = """---
 {metadata}---
 
@@ -144,7 +144,8 @@ The model continues LaTeX; it follows no instructions, and what it states is not
 
 {tokenizer}
 """
-# what the card says of the tokenizer, by whether `transformers` can open it
+
+# %% ../../nbs/model/13_export.ipynb #426eb0ab
 OPENS = "`AutoTokenizer.from_pretrained` opens its tokenizer; `tokenizer/` holds the same one for `arxiv_study.tokens.tokenizer.Tokenizer.load`. Both have given equal ids on the texts they were compared on."
 OWN_ONLY = "Its tokenizer is in `tokenizer/`, for `arxiv_study.tokens.tokenizer.Tokenizer.load`; for transformers it could not be written: {why}."
 

@@ -10,8 +10,8 @@ __all__ = ['DEVICES', 'BYTES', 'RECIPES', 'BUCKET', 'LIVE', 'PARTS', 'COLOURS', 
            'source_bytes', 'checkpoint_bytes', 'tokens_per_s', 'needed_mb_s', 'shared_out', 'step_seconds', 'binding',
            'binding_table', 'binding_figure', 'plan']
 
-# %% ../../nbs/model/14_plan.ipynb #da1854bb
-import math
+# %% ../../nbs/model/14_plan.ipynb #4d0dd57c
+import math, textwrap
 from dataclasses import dataclass, replace
 from .configuration import CHOICES, PRESETS, ModelConfig, flops_per_token, n_hidden_parameters, n_parameters, one_of, tokens_per_step
 from .metrics import DATASHEET, hardware_flops_per_token
@@ -219,7 +219,7 @@ def peak_memory(config: ModelConfig, recipe: Recipe, n_devices: int, device: Dev
     "The moment that needs most"
     return max(memory_moments(config, recipe, n_devices, device, accumulated), key=total)
 
-# %% ../../nbs/model/14_plan.ipynb #f9cfcbac
+# %% ../../nbs/model/14_plan.ipynb #6b971b40
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#999999", "#E69F00", "#D55E00", "#CC79A7")  # of Okabe and Ito: with any colour vision
 PATTERNS = ("", "/", "\\", "x", "-", ".", "+")
 
@@ -234,18 +234,19 @@ def memory_figure(
     "The worst moment of each recipe, by part"
     import plotly.graph_objects as go
     peaks = {name: peak_memory(config, r, n_devices, device) for name, r in recipes.items()}
-    figure = go.Figure([go.Bar(y=list(peaks), x=[p[part] / 1e9 for p in peaks.values()], name=part, orientation="h", marker=dict(color=c, pattern_shape=s), hovertemplate="%{x:.1f} GB")
+    figure = go.Figure([go.Bar(y=list(peaks), x=[p[part] / 1e9 for p in peaks.values()], name=part, orientation="h", marker=dict(color=c, pattern=dict(shape=s, fillmode="overlay", solidity=.2, size=7)), hovertemplate="%{x:.1f} GB")
                         for part, c, s in zip(PARTS, COLOURS, PATTERNS)])
-    for size in sizes_gb: figure.add_vline(x=size, line_dash="dash", annotation=dict(text=f"{size:g} GB", yref="paper", y=1.09))
+    for size in sizes_gb: figure.add_vline(x=size, line=dict(dash="dash", color="#000000"))
+    figure.add_scatter(x=[None], y=[None], name=" and ".join(f"{s:g}" for s in sizes_gb) + " GB", mode="lines", line=dict(dash="dash", color="#000000"))
     fit = {size: sum(total(p) < size * 1e9 for p in peaks.values()) for size in sizes_gb}
     title = f"Of {len(peaks)} ways to train, " + " and ".join(f"{'all' if k == len(peaks) else k or 'none'} fit {size:g} GB" for size, k in fit.items())
     return _finished(figure, title, f"Stacked bars of one device's memory at the worst moment of a step, one bar for each of {len(peaks)} ways to train. {title}.").update_layout(
-        barmode="stack", xaxis_title="memory of one device (GB)", yaxis=dict(autorange="reversed"), height=520, legend=dict(orientation="h", y=-0.3, traceorder="normal"))
+        barmode="stack", xaxis_title="memory of one device (GB)", yaxis=dict(autorange="reversed", title="ZeRO stage, what is computed again"), height=520, legend=dict(orientation="h", y=-0.3, traceorder="normal"))
 
 
 def _finished(figure, title: str, alt: str):
     "Title that states the finding, and alternative text"
-    figure.update_layout(template="plotly_white", title=dict(text=title.replace("; ", ";<br>"), x=0, xanchor="left", font_size=15), height=430)
+    figure.update_layout(template="plotly_white", title=dict(text="<br>".join(textwrap.wrap(title, 84)), x=0, xanchor="left", font_size=15), height=430)
     figure.layout.meta = {"alt": alt}
     return figure
 
@@ -388,7 +389,7 @@ def _binding_title(table: list[dict]) -> str:
     talks = [r["gpus"] for r in table if r["binds"] == "communication"]
     return ("Storage binds " + ", ".join(said) if said else "Storage never binds") + "; " + (f"communication from {min(talks)} GPUs" if talks else "communication never")
 
-# %% ../../nbs/model/14_plan.ipynb #3efbd682
+# %% ../../nbs/model/14_plan.ipynb #813aee07
 def binding_figure(
     table: list[dict],  # from binding_table
 ):  # go.Figure
@@ -396,15 +397,16 @@ def binding_figure(
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
     sources, contexts = (list(dict.fromkeys(r[k] for r in table)) for k in ("source", "context"))
-    figure = make_subplots(len(contexts), len(sources), shared_xaxes=True, shared_yaxes=True, horizontal_spacing=0.03, vertical_spacing=0.08,
-                           subplot_titles=[f"{s}, context {c:,}" for c in contexts for s in sources])
+    figure = make_subplots(len(contexts), len(sources), shared_xaxes=True, shared_yaxes=True, horizontal_spacing=0.03, vertical_spacing=0.04)
     for i, source in enumerate(sources, 1):
         for j, context in enumerate(contexts, 1): figure.add_trace(_binding_map([r for r in table if r["source"] == source and r["context"] == context]), j, i)
     for name, (colour, letter) in RESOURCES.items(): figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=f"{letter}: {name}", marker=dict(color=colour, symbol="square", size=12)))
     title = _binding_title(table)
-    figure.update_xaxes(type="category").update_yaxes(type="category").update_xaxes(title="GPUs", row=len(contexts)).update_yaxes(title="storage (MB/s)", col=1)
+    figure.update_xaxes(type="category", tickangle=0, tickfont_size=11, tickvals=[str(n) for n in sorted({r["gpus"] for r in table})[::2]]).update_yaxes(type="category")
+    for i, source in enumerate(sources, 1): figure.update_xaxes(title=dict(text=f"GPUs<br>{source}", font_size=13), row=len(contexts), col=i)
+    for j, context in enumerate(contexts, 1): figure.update_yaxes(title=dict(text=f"context {context:,}<br>storage (MB/s)", font_size=13), row=j, col=1)
     return _finished(figure, title, f"Maps of the binding resource over GPUs and storage bandwidth, one for each of {len(contexts)} lengths of sequence and {len(sources)} sources of tokens. {title}.").update_layout(
-        height=240 + 180 * len(contexts), legend=dict(orientation="h", y=-0.3 / len(contexts)))
+        height=240 + 180 * len(contexts), legend=dict(orientation="h", y=-0.48 / len(contexts)))
 
 # %% ../../nbs/model/14_plan.ipynb #b70fb4be
 def _row(part, quantity, value, unit): return dict(part=part, quantity=quantity, value=value, unit=unit)

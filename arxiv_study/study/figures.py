@@ -42,7 +42,7 @@ def missing(family:str, needed:str # the family, and the runs it needs
     fig.update_xaxes(visible=False).update_yaxes(visible=False)
     return styled(fig, f"The {family} family has not been run", f"Empty: the {family} family has no finished run.")
 
-# %% ../../nbs/study/08_figures.ipynb #f5ded905
+# %% ../../nbs/study/08_figures.ipynb #df4b256f
 def _means(results:pl.DataFrame, runs)->dict: # run -> mean bits per byte, of runs that have one
     "Mean loss over seeds."
     r = results.filter(pl.col("run").is_in(list(runs)) & pl.col("bits_per_byte").is_not_null()).group_by("run").agg(pl.col("bits_per_byte").mean())
@@ -59,7 +59,10 @@ def size_figure(points:pl.DataFrame # run, seed, n_params, n_tokens, bits_per_by
         fig.add_scatter(x=at["n_params"].to_list(), y=at["bits_per_byte"].to_list(), name=f"{tokens:,} tokens", mode="lines+markers",
                         line=dict(dash=DASHES[k % 7]), marker=dict(symbol=MARKERS[k % 7], size=9), hovertemplate="%{x:,} parameters<br>%{y:.3f} bits per byte")
     title, alt = _size_finding(mean, budgets)
-    return styled(fig, title, alt, "parameters", "held-out bits per byte").update_xaxes(type="log")
+    sizes = sorted(mean["n_params"].unique())
+    return styled(fig, title, alt, "parameters", "held-out bits per byte").update_xaxes(type="log", tickvals=sizes, ticktext=[_short(n) for n in sizes])
+
+def _short(n:int)->str: return f"{n/1e9:.3g} B" if n >= 1e9 else f"{n/1e6:.3g} M" if n >= 1e6 else f"{n/1e3:.3g} k"
 
 # %% ../../nbs/study/08_figures.ipynb #7b104b3b
 def _size_finding(mean:pl.DataFrame, budgets:list)->tuple: # title, alternative text

@@ -158,7 +158,7 @@ def _summary(words:dict, numbers:dict, pieces:Counter, vocab_size:int)->dict:
         renyi_efficiency = renyi_efficiency(np.array(list(pieces.values())), vocab_size) if n else None,
         unused_vocabulary = 1 - min(1, len(pieces) / vocab_size))
 
-# %% ../../nbs/tokens/00_stability.ipynb #00836135
+# %% ../../nbs/tokens/00_stability.ipynb #dd5a0b62
 _FILLS = ("#cfe3f3", "#fbe2b5", "#d5ead8", "#f3d9e7") # light tints of the Okabe-Ito blue, orange, green and purple
 
 def _shown(piece:bytes)->str:
@@ -172,6 +172,6 @@ def pieces_html(pieces:dict # name of a tokenizer -> its pieces of one text, as 
     "A text as several tokenizers cut it, one row each."
     style = "padding:1px 2px;border-left:1px solid #555;color:#000;font-family:monospace;background:"
     spans = lambda parts: "".join(f'<span style="{style}{_FILLS[i % len(_FILLS)]}" title="{p.hex(" ")}">{_shown(p)}</span>' for i, p in enumerate(parts))
-    rows = "".join(f'<tr><th scope="row" style="text-align:left">{html.escape(name)}</th><td style="text-align:right">{len(parts)}</td><td style="text-align:left;overflow-wrap:anywhere">{spans(parts)}</td></tr>'
+    rows = "".join(f'<tr><th scope="row" style="text-align:left">{html.escape(name)}</th><td style="text-align:right">{len(parts)}</td><td style="text-align:left;overflow-wrap:anywhere;line-height:1.8">{spans(parts)}</td></tr>'
                    for name, parts in pieces.items())
     return f'<table><thead><tr><th scope="col">tokenizer</th><th scope="col">pieces</th><th scope="col" style="text-align:left">the text</th></tr></thead><tbody>{rows}</tbody></table>'
