@@ -188,7 +188,7 @@ def _missing(part:Path, # what has come of a tar
     "The next stretch that a tar lacks, until it lacks none."
     while (have := part.stat().st_size if part.exists() else 0) < entry.size: yield have, min(have + step, entry.size)
 
-# %% ../../nbs/corpus/16_bulk.ipynb #18f8ecca
+# %% ../../nbs/corpus/16_bulk.ipynb #a9fad2c4
 def _stretch(of:Delivery, entry:TarEntry, start:int, end:int)->bytes: # errors: Transient, Halted
     "A stretch of a tar, or what has come of it; nothing is not enough."
     if of.halt.is_set(): raise Halted
@@ -198,7 +198,6 @@ def _stretch(of:Delivery, entry:TarEntry, start:int, end:int)->bytes: # errors: 
 
 def _filled(of:Delivery, entry:TarEntry, part:Path):
     "Fetch what a tar lacks."
-    if part.exists() and part.stat().st_size > entry.size: part.unlink()
     for start, end in _missing(part, entry):
         data = patiently(of.config, of.pause, lambda: _stretch(of, entry, start, end))
         with open(part, "ab") as f:
