@@ -462,6 +462,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'arxiv_study/corpus/elsewhere.py'),
                                               'arxiv_study.corpus.elsewhere.listed': ( 'corpus/elsewhere.html#listed',
                                                                                        'arxiv_study/corpus/elsewhere.py'),
+                                              'arxiv_study.corpus.elsewhere.listed_sums': ( 'corpus/elsewhere.html#listed_sums',
+                                                                                            'arxiv_study/corpus/elsewhere.py'),
                                               'arxiv_study.corpus.elsewhere.patiently': ( 'corpus/elsewhere.html#patiently',
                                                                                           'arxiv_study/corpus/elsewhere.py'),
                                               'arxiv_study.corpus.elsewhere.scratch': ( 'corpus/elsewhere.html#scratch',

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ONE_THREAD', 'process_pool', 'run_tasks', 'dask_pool', 'pools_by', 'only_builder']
 
-# %% ../nbs/03_workers.ipynb #45a561be
-import fcntl, multiprocessing, os, signal, socket, sys, threading, types
+# %% ../nbs/03_workers.ipynb #a3f0f632
+import fcntl, logging, multiprocessing, os, signal, socket, sys, threading, types
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor, wait
@@ -92,33 +92,68 @@ def run_tasks(function:Callable, # importable; called with a task
                 with open_pool(1) as pool:
                     if not _fly(pool, function, deque([task]), 1, done): break
 
-# %% ../nbs/03_workers.ipynb #c5bc1203
+# %% ../nbs/03_workers.ipynb #a065cd35
 def _dask_client(engine:str):
     "A client of the scheduler at dask://HOST:PORT; errors: StudyError says how to start one."
     try: from distributed import Client
     except ImportError as e: raise StudyError("engine = dask://… needs the package distributed; install it with: pip install 'arxiv-study[dask]'") from e
     address = engine.replace("dask://", "tcp://")
     try: return Client(address, timeout="10s")
-    except (OSError, ValueError) as e: raise StudyError(f"no Dask scheduler answers at {address}; start one with: dask scheduler, and workers with: dask worker {address} --nthreads 1") from e
+    except (OSError, ValueError) as e: raise StudyError(f"no Dask scheduler answers at {address}; start one with: dask scheduler, and workers with: {_start_worker(engine)}") from e
+
+def _start_worker(engine:str)->str:
+    "The command that adds a worker to a cluster."
+    return f"dask worker {engine.replace('dask://', 'tcp://')} --nthreads 1"
 
 def _check_workers(client, engine:str, shared:Path):
     "Errors: StudyError where there is no worker, or one that does not see the folder of the work."
     sees = client.run(os.path.isdir, str(shared))
-    if not sees: raise StudyError(f"the Dask scheduler of {engine} has no workers; start some with: dask worker {engine.replace('dask://', 'tcp://')} --nthreads 1")
+    if not sees: raise StudyError(f"the Dask scheduler of {engine} has no workers; start some with: {_start_worker(engine)}")
     if blind := sorted(w for w, s in sees.items() if not s):
         raise StudyError(f"the Dask worker {blind[0]} does not see {shared}; workers read and write files there, so it must lie on a file system that all of them share")
 
-# %% ../nbs/03_workers.ipynb #86572efb
+# %% ../nbs/03_workers.ipynb #7b40142a
+@contextmanager
+def _silent(*names:str):
+    "Keep the log of a library to itself."
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [log.level for log in loggers]
+    for log in loggers: log.setLevel(logging.CRITICAL + 1)
+    try: yield
+    finally:
+        for log, level in zip(loggers, levels): log.setLevel(level)
+
+# %% ../nbs/03_workers.ipynb #36bf64be
+@contextmanager
+def _watched(client, engine:str, every_s:float=5.):
+    "Say on stderr when a cluster has no workers left, once each time."
+    over = threading.Event()
+    def watch():
+        had = True
+        while not over.wait(every_s) and client.status != "closed":
+            try: has = bool(client.nthreads())
+            except OSError: continue # the scheduler has gone: whoever waits for a task is told
+            if had and not has: print(f"warning: the Dask scheduler of {engine} has no workers left; the work waits until there are some: {_start_worker(engine)}", file=sys.stderr, flush=True)
+            had = has
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try: yield
+    finally:
+        over.set()
+        thread.join(1)
+
+# %% ../nbs/03_workers.ipynb #2470fca8
 @contextmanager
 def dask_pool(engine:str, # dask://HOST:PORT
               shared:Path): # folder that all workers must see
     "Something like `process_pool`, on a cluster: its workers are there already, however many are asked for."
-    with _dask_client(engine) as client:
+    client = _dask_client(engine) # its import sets the levels of its logs
+    with _silent("distributed", "distributed.client"), client, _watched(client, engine):
         _check_workers(client, engine, shared)
         @contextmanager
         def pool(n_workers): yield client.get_executor(pure=False) # pure: Dask would answer a repeated task from memory
         try: yield pool
-        except CancelledError as e: raise StudyError(f"the Dask cluster at {engine} has gone; start it again, and the same command goes on where this one stopped") from e
+        except CancelledError as e: raise StudyError(f"the Dask cluster at {engine} has gone; start it again, and give the same command") from e
 
 @contextmanager
 def pools_by(engine, # local, dask://HOST:PORT, or an Executor

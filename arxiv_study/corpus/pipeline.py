@@ -6,13 +6,13 @@
 __all__ = ['CHOICES', 'TEXT_SCHEMA', 'MOST_DEATHS', 'MIN_DOMAIN', 'READING', 'TEXT_WORK', 'CorpusConfig', 'rules_of',
            'contamination_rules', 'identity', 'nearest', 'check_config', 'corpus_config', 'Judged', 'judged',
            'lay_down_by_month', 'read_month', 'Paper', 'open_row', 'Clock', 'add_up', 'to_text', 'take_paper',
-           'hits_in', 'Task', 'part_path', 'write_table', 'write_texts', 'take_safely', 'papers_of', 'peak_mb',
-           'do_task', 'eprint_sizes', 'set_aside', 'Deaths', 'read_groups', 'pools', 'assign_splits', 'read_index',
-           'write_metadata_only', 'as_row', 'text_parts', 'kept_papers', 'find_copies', 'read_hits', 'late_reasons',
-           'with_reasons', 'ledger_stretches', 'splits_of', 'write_ledger', 'write_text', 'inputs_of', 'corpus_folder',
-           'code_version', 'versions', 'working_folder', 'working_area', 'usable_cores', 'timed', 'largest_first',
-           'do_all', 'assemble', 'counts_of', 'costs_of', 'troubles_of', 'manifest_of', 'open_ledger', 'open_text',
-           'records_by_month', 'build_in', 'build_corpus']
+           'hits_in', 'Task', 'part_path', 'write_table', 'check_wanted', 'write_texts', 'take_safely', 'papers_of',
+           'at_hand', 'size_of', 'peak_mb', 'do_task', 'eprint_sizes', 'set_aside', 'Deaths', 'read_groups', 'pools',
+           'assign_splits', 'read_index', 'write_metadata_only', 'as_row', 'text_parts', 'kept_papers', 'find_copies',
+           'read_hits', 'late_reasons', 'with_reasons', 'ledger_stretches', 'splits_of', 'write_ledger', 'write_text',
+           'ArxivFolder', 'opened', 'inputs_of', 'corpus_folder', 'code_version', 'versions', 'working_folder',
+           'working_area', 'usable_cores', 'timed', 'largest_first', 'do_all', 'assemble', 'counts_of', 'costs_of',
+           'troubles_of', 'manifest_of', 'open_ledger', 'open_text', 'records_by_month', 'build_in', 'build_corpus']
 
 # %% ../../nbs/corpus/13_pipeline.ipynb #8c75b0d3
 import csv, hashlib, io, os, platform, re, resource, shutil, socket, sys, tarfile, time
@@ -271,15 +271,20 @@ TEXT_SCHEMA = pl.Schema({"id": pl.String, "title": pl.String, "text": pl.String,
     "license": pl.String, "split": pl.String, "group": pl.String, "formula_density": pl.Float64, "n_bytes": pl.Int64, **{k: v for k, v in SIGNALS.items() if k != "formula_density"}})
 _part_schema = pl.Schema({**{k: v for k, v in TEXT_SCHEMA.items() if k not in ("split", "group")}, "digest": pl.String})
 
-# %% ../../nbs/corpus/13_pipeline.ipynb #c5fabbc1
+# %% ../../nbs/corpus/13_pipeline.ipynb #b58b85a2
 def write_table(path:Path, table:pl.DataFrame, rows_per_group:int=2048):
     "Write a table as Parquet, whole, with the same bytes for the same rows."
     buffer = io.BytesIO()
     table.rechunk().write_parquet(buffer, compression="zstd", row_group_size=rows_per_group)
     with whole_file(path) as f: f.write(buffer.getbuffer())
 
+def check_wanted(task:Task): # errors: StudyError
+    "Refuse to write for a build that is over: its folder would come into being again."
+    if not Path(task.out).is_dir(): raise StudyError(f"{socket.gethostname()} does not see {task.out}: the build is over, or its folder is on no file system that all workers share")
+
 def write_texts(task:Task, part:int, papers:list[Paper]):
     "Write the kept papers of a task as a part of text and a part of sketches."
+    check_wanted(task)
     rows = [dict(id=p.row.id, title=p.title, text=p.text, domain=p.row.domain, categories=p.row.categories, year=p.row.year, license=p.row.license,
                  n_bytes=p.row.text_bytes, digest=p.digest, **{k: p.signals[k] for k in SIGNALS}) for p in papers]
     write_table(task.path("text", part), pl.DataFrame(rows, schema=_part_schema), rows_per_group=256)
@@ -324,6 +329,18 @@ def _note(hand, paper_id:str):
     hand.seek(0)
     hand.write(f"{paper_id}\n".encode())
 
+# %% ../../nbs/corpus/13_pipeline.ipynb #b37c1351
+@contextmanager
+def at_hand(sources:SourceSet):
+    "The sources as files of this machine: those that lie elsewhere know how to be fetched, and are removed afterwards."
+    if not hasattr(sources, "here"): yield sources
+    else:
+        with sources.here() as fetched: yield fetched
+
+def size_of(sources:SourceSet)->int: # bytes
+    "How much there is to read."
+    return sources.n_bytes if hasattr(sources, "n_bytes") else sum(Path(p).stat().st_size for p in sources.members or [sources.path])
+
 # %% ../../nbs/corpus/13_pipeline.ipynb #42aedd7f
 def peak_mb()->float:
     "Most memory this process has had resident, in megabytes."
@@ -331,7 +348,7 @@ def peak_mb()->float:
     except OSError: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform == "darwin" else 1e3)
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])*1024/1e6
 
-# %% ../../nbs/corpus/13_pipeline.ipynb #25cc9e5e
+# %% ../../nbs/corpus/13_pipeline.ipynb #a1db2ed6
 def _write_papers(task:Task, clock:Clock, seen:Counter, damage:list, part_bytes:int)->tuple[list[Row],list[dict],list,int]:
     "Write the texts of a task part by part; its rows, its failures, its hits and how many parts there are."
     rows, failures, hits, waiting, size, part = [], [], [], [], 0, 0
@@ -351,19 +368,26 @@ def _write_papers(task:Task, clock:Clock, seen:Counter, damage:list, part_bytes:
 
 def do_task(task:Task, part_bytes:int=32<<20)->dict: # what the parent is told; also in the note `done`
     "Turn a set of sources into part files of ledger, text and sketches."
-    start, cpu_start, clock, seen = time.perf_counter(), time.process_time(), Clock(), Counter()
+    start = time.perf_counter()
+    with at_hand(task.sources) as sources: return _do_here(replace(task, sources=sources), part_bytes, start, task.sources.path)
+
+def _do_here(task:Task, part_bytes:int, start:float, origin:str)->dict:
+    "As `do_task`, with the sources on this machine; what is said of them names their origin."
+    cpu_start, clock, seen = time.process_time(), Clock(), Counter()
     with clock.stage("read"): damage = list(filter(None, [task.sources.check(rules=rules_of(ArchiveRules, task.config))]))
     rows, failures, hits, n_parts = _write_papers(task, clock, seen, damage, part_bytes)
     rows = [replace(r, repairs=add_up(r.repairs, {"seen_again": seen[r.id]-1})) if seen[r.id] > 1 else r for r in rows]
+    check_wanted(task)
     with clock.stage("write"): write_table(task.path("ledger"), rows_to_frame(rows))
     if hits: write_table(task.path("hits"), hits_to_frame(hits))
     told = dict(index=task.index, name=task.sources.name, n_papers=len(rows), tex_bytes=sum(r.tex_bytes for r in rows), raw_bytes=sum(r.raw_bytes for r in rows), n_parts=n_parts, n_hits=len(hits),
-                failures=failures, damage=damage, wall_s=time.perf_counter()-start, cpu_s={**clock, "all": time.process_time()-cpu_start}, worker=f"{socket.gethostname()}:{os.getpid()}", peak_mb=peak_mb())
+                failures=failures, damage=[d.replace(task.sources.path, origin) for d in damage], wall_s=time.perf_counter()-start, cpu_s={**clock, "all": time.process_time()-cpu_start}, worker=f"{socket.gethostname()}:{os.getpid()}", peak_mb=peak_mb())
+    check_wanted(task)
     write_json(task.path("done"), told)
     task.path("hand").unlink(missing_ok=True)
     return told
 
-# %% ../../nbs/corpus/13_pipeline.ipynb #865d4036
+# %% ../../nbs/corpus/13_pipeline.ipynb #60c27b01
 def eprint_sizes(sources:SourceSet)->dict[str,int]: # id -> bytes; errors: StudyError where the tar cannot be read even so
     "The e-prints of a set, by their names alone."
     if sources.members: return {paper_id(m): 0 for m in sources.members}
@@ -375,7 +399,8 @@ def eprint_sizes(sources:SourceSet)->dict[str,int]: # id -> bytes; errors: Study
 def set_aside(task:Task, why:str)->dict:
     "Give a task up: a row for each of its papers, and a note for the manifest."
     for path in Path(task.out).glob(f"{task.index:06d}-*"): path.unlink()
-    try: sizes = eprint_sizes(task.sources)
+    try:
+        with at_hand(task.sources) as sources: sizes = eprint_sizes(sources)
     except StudyError as e: sizes, why = {}, f"{why}; {e}"
     rows = []
     for id, size in sizes.items():
@@ -591,27 +616,42 @@ def write_text(out:Path, index:pl.DataFrame, splits:dict, groups:dict, # id -> g
         texts = [pl.read_parquet(part_path(parts, task, "text", part)).join(by_task[task], on="id") for task, part in text_parts(parts, results) if task in by_task]
         write_table(out/f"part-{n:03d}.parquet", pl.concat(texts).select(list(TEXT_SCHEMA)).sort("id"), rows_per_group=256)
 
-# %% ../../nbs/corpus/13_pipeline.ipynb #d79e3b4a
-def inputs_of(arxiv:Path, config:CorpusConfig=CorpusConfig())->dict: # errors: StudyError names what is missing or wrong
+# %% ../../nbs/corpus/13_pipeline.ipynb #654eab41
+@dataclass(frozen=True)
+class ArxivFolder:
+    "What a corpus is made from: a folder with the snapshot, and sets of sources, which may lie elsewhere."
+    folder: Path
+    sets: tuple
+    name: str # what the manifest calls it
+
+def opened(arxiv # a folder, or an `ArxivFolder`
+          )->ArxivFolder: # errors: StudyError names what is missing
+    "The sources of an arXiv folder."
+    return arxiv if isinstance(arxiv, ArxivFolder) else ArxivFolder(Path(arxiv), tuple(find_sources(Path(arxiv))), str(arxiv))
+
+# %% ../../nbs/corpus/13_pipeline.ipynb #2333e5d2
+def inputs_of(arxiv, # a folder, or an `ArxivFolder`
+              config:CorpusConfig=CorpusConfig())->dict: # errors: StudyError names what is missing or wrong
     "What a corpus is made from: checksums of snapshot, sources, groups and benchmarks."
-    arxiv, sets = Path(arxiv), find_sources(arxiv)
+    found = opened(arxiv)
+    arxiv, sets = found.folder, found.sets
     for s in sets: s.check(md5=False)
     snapshot = arxiv/"arxiv-metadata-oai-snapshot.json"
     if not snapshot.is_file(): raise StudyError(f"{snapshot} does not exist; an arXiv folder holds the metadata snapshot under this name")
     if not snapshot.stat().st_size: raise StudyError(f"{snapshot} is empty; fetch the metadata snapshot again")
     loose = [(m, sum(p.stat().st_size for p in Path(m).rglob("*")) if Path(m).is_dir() else Path(m).stat().st_size) for s in sets for m in s.members]
-    tars = [dict(name=s.name, size=Path(s.path).stat().st_size, md5=s.entry.md5 if s.entry else None) for s in sets if not s.members]
+    tars = [dict(name=s.name, size=size_of(s), md5=s.entry.md5 if s.entry else None) for s in sets if not s.members]
     groups = arxiv/"groups.csv"
     return dict(snapshot=file_sha256(snapshot), tars=tars, loose=fingerprint([(Path(m).name, n) for m, n in loose]), n_loose=len(loose),
                 groups=file_sha256(groups) if groups.exists() else None,
                 benchmarks=benchmark_inputs(contamination_rules(config)))
 
 def corpus_folder(workspace:Path, variant:str, # such as baseline
-                  config:CorpusConfig, arxiv:Path)->Path: # errors: StudyError where the arXiv folder is not one
+                  config:CorpusConfig, arxiv)->Path: # errors: StudyError where the arXiv folder is not one
     "Where the corpus of a variant lies in a workspace."
     return Path(workspace)/"corpus"/f"{variant}-{identity(config, inputs_of(arxiv, config))}"
 
-# %% ../../nbs/corpus/13_pipeline.ipynb #7b957677
+# %% ../../nbs/corpus/13_pipeline.ipynb #81c78a06
 def code_version()->dict:
     "What the bytes of a corpus depend on besides configuration and inputs: the code of this room and the libraries that write."
     code = {p.name: file_sha256(p) for p in sorted(Path(sys.modules[SourceSet.__module__].__file__).parent.glob("*.py"))}
@@ -621,13 +661,17 @@ def versions()->dict:
     "The versions of what makes a corpus."
     return {"python": platform.python_version(), **{p: version(p) for p in ("arxiv-study", "polars", "msgspec", "rensa", "py3langid", "numpy")}}
 
-def working_folder(out:Path, config:CorpusConfig, inputs:dict, arxiv:Path)->Path:
+def _stamps(sources:SourceSet)->list:
+    "What tells that sources have changed of which no checksum says what they are."
+    if sources.entry is not None: return []
+    return [sources.mark] if hasattr(sources, "mark") else [Path(p).stat().st_mtime_ns for p in sources.members or [sources.path]]
+
+def working_folder(out:Path, config:CorpusConfig, inputs:dict, arxiv)->Path:
     "Where a corpus grows; another one for each configuration, input and version of the code."
-    unsummed = [p for s in find_sources(arxiv) if s.entry is None for p in (s.members or [s.path])] # no checksum says what these are
-    stamps = [Path(p).stat().st_mtime_ns for p in unsummed]
+    stamps = [stamp for s in opened(arxiv).sets for stamp in _stamps(s)]
     return out.with_name(f"{out.name}.working-{fingerprint(dict(identity=identity(config, inputs), stamps=stamps, **code_version()))}")
 
-# %% ../../nbs/corpus/13_pipeline.ipynb #2cd0236a
+# %% ../../nbs/corpus/13_pipeline.ipynb #a569ce33
 def _is_done(path:Path)->bool: return path.name.endswith(part_path(path.parent, 0, "done").name[6:])
 
 @contextmanager
@@ -641,12 +685,17 @@ def working_area(out:Path, work:Path):
     try: yield work
     except BaseException as e:
         n = sum(map(_is_done, (work/"parts").iterdir()))
-        if not n: shutil.rmtree(work)
+        if not n: _clear(work)
         elif isinstance(e, StudyError): raise StudyError(f"{e}; {n} sets of sources are done and wait in {work}, where the same command goes on", e.code) from e
         raise
-    for area in out.parent.glob(f"{out.name}.working-*"): shutil.rmtree(area)
+    for area in out.parent.glob(f"{out.name}.working-*"): _clear(area)
 
-# %% ../../nbs/corpus/13_pipeline.ipynb #662f2c2d
+def _clear(area:Path):
+    "Remove a working area in which a worker may still write: one of a cluster that was held, given up, and wakes."
+    gone = area.rename(area.with_name(f"{area.name}-over-{os.getpid()}"))
+    shutil.rmtree(gone)
+
+# %% ../../nbs/corpus/13_pipeline.ipynb #64e06320
 def usable_cores()->int:
     "Processors that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -660,7 +709,7 @@ def timed(times:dict, name:str):
 
 def largest_first(tasks:list[Task])->list[Task]:
     "The order of work: a large tar that comes last would leave the other workers idle."
-    return sorted(tasks, key=lambda t: (-sum(Path(p).stat().st_size for p in t.sources.members or [t.sources.path]), t.index))
+    return sorted(tasks, key=lambda t: (-size_of(t.sources), t.index))
 
 def do_all(tasks:list[Task], engine, # local, dask://HOST:PORT, or an Executor
            n_workers:int)->list[dict]: # what each task told, in the order of the tasks
@@ -701,7 +750,7 @@ def counts_of(index:pl.DataFrame, splits:dict)->dict:
     return dict(papers=len(index), kept=len(kept), tex_bytes=index["tex_bytes"].sum(), text_bytes=kept["text_bytes"].sum(),
                 splits=by(splits[i] for i in kept["id"]), domains=by(kept["domain"].drop_nulls()), dropped=by(index["reason"].drop_nulls()), seen_again=int((index["again"] + index["within"]).sum()))
 
-# %% ../../nbs/corpus/13_pipeline.ipynb #9508a623
+# %% ../../nbs/corpus/13_pipeline.ipynb #c07e4823
 READING, TEXT_WORK = ("read", "archive"), ("latex", "normalize", "quality", "duplicates", "decontaminate", "write") # by raw byte, and by byte of TeX
 
 def costs_of(results:list[dict])->dict:
@@ -722,7 +771,7 @@ def troubles_of(results:list[dict])->dict:
 
 def manifest_of(arxiv, config, variant, inputs, counts, times, results, n_workers)->dict:
     "What the corpus was made by, from what, and in what time."
-    return dict(format=1, variant=variant, fingerprint=identity(config, inputs), config=asdict(config), arxiv=str(arxiv), inputs=inputs, counts=counts,
+    return dict(format=1, variant=variant, fingerprint=identity(config, inputs), config=asdict(config), arxiv=opened(arxiv).name, inputs=inputs, counts=counts,
                 **troubles_of(results), versions=versions(), workers=n_workers, wall_s=times, **costs_of(results))
 
 # %% ../../nbs/corpus/13_pipeline.ipynb #8733d278
@@ -750,13 +799,14 @@ def records_by_month(arxiv:Path, work:Path, config:CorpusConfig)->int: # how man
             write_json(months/"records.json", n)
     return read_json(work/"months"/"records.json")
 
-# %% ../../nbs/corpus/13_pipeline.ipynb #61b51bf7
-def build_in(work:Path, arxiv:Path, config:CorpusConfig, n_workers:int, engine)->tuple[list[dict],dict,dict]: # what the tasks told, counts, wall seconds
+# %% ../../nbs/corpus/13_pipeline.ipynb #5cd05040
+def build_in(work:Path, arxiv, config:CorpusConfig, n_workers:int, engine)->tuple[list[dict],dict,dict]: # what the tasks told, counts, wall seconds
     "Make ledger and text in the working area, or what is still missing of them."
-    times, finished, groups = {}, work/"finished", read_groups(arxiv) # first, lest a table that cannot be read is found out after the work
+    found = opened(arxiv)
+    times, finished, groups = {}, work/"finished", read_groups(found.folder) # first, lest a table that cannot be read is found out after the work
     shutil.rmtree(finished, ignore_errors=True) # an assembly that was cut short
-    with timed(times, "metadata"): n_records = records_by_month(arxiv, work, config)
-    tasks = [Task(i, s, config, str(work/"months"), str(work/"parts")) for i, s in enumerate(find_sources(arxiv))]
+    with timed(times, "metadata"): n_records = records_by_month(found.folder, work, config)
+    tasks = [Task(i, s, config, str(work/"months"), str(work/"parts")) for i, s in enumerate(found.sets)]
     with timed(times, "tars"): results = do_all(tasks, engine, max(1, min(n_workers, len(tasks))))
     with timed(times, "assembly"): counts = assemble(finished, work, tasks, results, groups)
     return results, {"records": n_records, **counts}, times
@@ -768,18 +818,19 @@ def _say_troubles(failures:list[dict], damaged_tars:list[str], set_aside:list[di
     if failures: print(f"warning: {len(failures)} papers could not be processed, {failures[0]['id']} first ({failures[0]['error']}); manifest.json lists them under failures", file=sys.stderr)
     for tar in set_aside: print(f"warning: {tar['sources']} was set aside with {tar['n_papers']} papers: {tar['why']}", file=sys.stderr)
 
-# %% ../../nbs/corpus/13_pipeline.ipynb #1ad5dd61
-def build_corpus(arxiv:Path, # an arXiv folder
+# %% ../../nbs/corpus/13_pipeline.ipynb #56910d66
+def build_corpus(arxiv, # an arXiv folder, or an `ArxivFolder`
                  out:Path, # the corpus folder to be made
                  config:CorpusConfig=CorpusConfig(),
                  workers:int=None, # processes; default: one a core
                  engine="local", # or dask://HOST:PORT, or an Executor
                  variant:str="baseline")->Path: # `out`; errors: StudyError
     "Make a corpus: ledger, text and manifest, whole or not at all; what an interrupted one had done is used."
-    arxiv, out, n_workers = Path(arxiv).resolve(), Path(out).resolve(), workers or usable_cores() # workers elsewhere start elsewhere
+    out, n_workers = Path(out).resolve(), workers or usable_cores() # workers elsewhere start elsewhere
     check_config(config)
     with only_builder(out):
         if out.exists(): raise StudyError(f"{out} exists already; remove it or choose another output folder")
+        arxiv = opened(arxiv if isinstance(arxiv, ArxivFolder) else Path(arxiv).resolve())
         inputs = inputs_of(arxiv, config)
         with working_area(out, working_folder(out, config, inputs, arxiv)) as work:
             results, counts, times = build_in(work, arxiv, config, n_workers, engine)
