@@ -21,7 +21,7 @@ help:
 	@echo "make test    nbdev-test and pytest"
 	@echo "make test-slow   the campaigns: kills, mutated archives, memory"
 	@echo "make docs    the site, in $(SITE)/"
-	@echo "make test-pages   each page of the built site in Chromium"
+	@echo "make test-pages   each page of the built site in Chromium (VIEWS=1: in one of four views)"
 	@echo "make lab     JupyterLab on nbs/"
 	@echo "make hooks   git refuses commits with outputs or a stale export"
 	@echo "make clean-notebooks   clears outputs, as notebooks are committed"
@@ -50,7 +50,7 @@ docs: install
 	$(BIN)/python docs/build.py --out $(SITE)
 
 test-pages: install
-	SITE="$(SITE)" $(BIN)/python -m pytest tests/test_pages.py
+	SITE="$(SITE)" VIEWS="$(VIEWS)" $(BIN)/python -m pytest tests/test_pages.py
 
 lab: install
 	$(BIN)/arxiv-study lab

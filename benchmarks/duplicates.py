@@ -1,8 +1,9 @@
 """Near duplicates against datasketch, what all of arXiv would take, and the search for benchmarks: `python -m benchmarks.duplicates [ARXIV]`.
 
-`python -m benchmarks.duplicates --full FOLDER` draws up to 290,000 texts into FOLDER, which takes half an hour of a core and 1.3 GB, finds the planted copies among
+`python -m benchmarks.duplicates --full FOLDER` draws signatures of up to 290,000 texts into FOLDER, which takes minutes of a core and 1.3 GB, finds the planted copies among
 ever more of them, and writes what that took to runs/results/rehearsal/duplicates.csv; with --worlds, 13 GB more, all 2.9 million, as ten times the 290,000 with nothing in common."""
 import json, random, re, string, subprocess, sys, tempfile, time
+from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import polars as pl
@@ -119,10 +120,20 @@ SIZES = [round(2900*10**(k/2)/PART)*PART for k in range(5)] # to a tenth of all
 PLANTED = ("exact", "near", "near", "near", "alike") # in turn: 1 % of the papers, 3 % and 1 %
 MEASURED = Path(__file__).parents[1]/"runs"/"results"/"rehearsal"/"duplicates.csv"
 
+@lru_cache
+def written(n_topics=2500, each=40):
+    "100,000 sentences by the miniature's writer, forty on each of 2,500 topics."
+    sentences = []
+    for topic in range(n_topics):
+        rng = random.Random(f"topic/{topic}")
+        writer = Writer(rng, rng.choices(("math", "cs", "physics", "stat"), cum_weights=(38, 66, 88, 100))[0]).plan()
+        sentences += [writer.sentence(rng.choice(("motive", "aim", "fact", "special", "setup", "claim", "step"))) for _ in range(each)]
+    return sentences
+
 def drawn(paper):
-    "A text by the miniature's writer: its sections, without preamble and bibliography, and not through LaTeX."
+    "A text of 80 to 220 such sentences."
     rng = random.Random(f"full/{paper}")
-    return "\n".join(text for _, text in Writer(rng, rng.choices(("math", "cs", "physics", "stat"), cum_weights=(38, 66, 88, 100))[0]).plan().sections())
+    return "\n".join(rng.choices(written(), k=rng.randint(80, 220)))
 
 def spoilt(text, J, rng):
     "A text that shares about J of all runs with this one: words far from each other are replaced, each at the cost of five runs."
@@ -131,13 +142,18 @@ def spoilt(text, J, rng):
     for k in range(n): words[int((k + .5)*len(words)/n)] = f"{rng.getrandbits(40):010x}"
     return " ".join(words)
 
+def origin_of(paper):
+    "Of a planted paper the earlier one that it is made from, and how; no paper is copied twice."
+    if paper % EVERY != EVERY - 1: return None
+    twin = paper//EVERY
+    return EVERY*(twin//2) + twin%2, PLANTED[twin % len(PLANTED)]
+
 def text_and_truth(paper):
-    "A text, and of a planted one its kind, the earlier paper it was made from, and how many runs both have and either has."
-    if paper % EVERY != EVERY - 1: return drawn(paper), None
-    twin, rng = paper//EVERY, random.Random(f"twin/{paper}")
-    original, kind = EVERY*(twin//2) + twin%2, PLANTED[twin % len(PLANTED)] # no paper is copied twice
+    "A text, and of a planted one its kind, the paper it was made from, and how many runs both have and either has."
+    if (origin := origin_of(paper)) is None: return drawn(paper), None
+    (original, kind), rng = origin, random.Random(f"twin/{paper}")
     text = drawn(original)
-    copy = text.replace("\n", "\n\n") if kind == "exact" else spoilt(text, rng.uniform(.82, .99) if kind == "near" else rng.uniform(.4, .6), rng)
+    copy = text.replace("\n", "\n\n") if kind == "exact" else spoilt(text, rng.uniform(.75, .99) if kind == "near" else rng.uniform(.4, .6), rng)
     a, b = (set(run_hashes(plain(t)).tolist()) for t in (text, copy))
     return copy, dict(kind=kind, pair=[original, paper], common=len(a & b), union=len(a | b))
 
@@ -226,7 +242,7 @@ def told_in_full(rows):
     if len(middle) < 3: return
     grown = rows.with_columns(grown_gib=pl.col("peak_gib") - pl.col("base_gib"))
     for name in ("grown_gib", "disk_gib", "sketch_cpu_s", "search_cpu_s", "compared"):
-        b, value, low, high = power_law(grown["papers"], grown[name], ALL)
+        b, value, low, high = power_law(grown["papers"].to_numpy(), grown[name].to_numpy(), ALL)
         print(f"  {ALL:,} papers: {name} {value:,.2f} (95 %: {low:,.2f} to {high:,.2f}), by the power {b:.3f} of the number of papers", flush=True)
 
 def write_worlds(folder, out, n_worlds=10, n_parts=SIZES[-1]//PART):

@@ -233,6 +233,48 @@ def test_memory_a_paper():
     assert growth((10_000, 60_000)) < 400
 
 
+# All of arXiv
+
+def test_no_paper_is_copied_twice_and_no_copy_is_copied():
+    from benchmarks.duplicates import EVERY, origin_of
+    made = {paper: origin_of(paper)[0] for paper in range(100_000) if origin_of(paper)}
+    assert len(made) == len(set(made.values())) == 100_000//EVERY and not made.keys() & set(made.values())
+    assert all(original < paper for paper, original in made.items())
+
+def test_planted_texts_have_the_overlap_that_is_told():
+    from benchmarks.duplicates import drawn, text_and_truth
+    kinds = set()
+    for paper in range(19, 200, 20):
+        copy, truth = text_and_truth(paper)
+        original, found = drawn(truth["pair"][0]), Fraction(truth["common"], truth["union"])
+        assert jaccard(copy, original) == found
+        assert (text_hash(copy) == text_hash(original)) == (truth["kind"] == "exact")
+        assert {"exact": found == 1, "near": .73 < found < 1, "alike": .35 < found < .65}[truth["kind"]]
+        kinds.add(truth["kind"])
+    assert kinds == {"exact", "near", "alike"}
+
+def test_the_fit_gives_back_a_power_and_its_interval_holds_what_it_says():
+    from benchmarks.duplicates import power_law
+    n, draw = np.repeat([3e3, 9e3, 29e3, 92e3, 290e3], 3), np.random.default_rng(0)
+    assert np.allclose(power_law(n, 7*n**.9, 2.9e6), [.9, *[7*2.9e6**.9]*3])
+    held = 0
+    for _ in range(400):
+        _, _, low, high = power_law(n, 7*n**.9*np.exp(draw.normal(0, .1, len(n))), 2.9e6)
+        held += low < 7*2.9e6**.9*np.exp(draw.normal(0, .1)) < high
+    assert abs(held/400 - .95) < 4*(.05*.95/400)**.5
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_search_of_the_corpus_room_finds_what_is_planted(tmp_path):
+    "Not more than four standard errors from the closed form, nothing else, and the same in each of two worlds."
+    from benchmarks.duplicates import all_worlds, full
+    (row,) = full(tmp_path, 2900, turns=1).iter_rows(named=True)
+    assert row["planted"] == 116 and row["wrong"] == 0
+    assert abs(row["found"] - row["expected"]) <= 4*(row["expected"]*(1 - row["expected"]/row["planted"]))**.5
+    worlds = all_worlds(tmp_path, 2, 3)
+    assert worlds["same"] and worlds["papers"] == 2*3*290 and worlds["found"] > 0
+
+
 # Contamination
 
 def words(text):

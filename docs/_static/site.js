@@ -142,9 +142,13 @@
     });
   }
 
-  // What scrolls can be reached by the keyboard.
+  // What scrolls can be reached by the keyboard, and shows at its right edge that there is more.
+  const more = e => e.classList.toggle("more", e.scrollWidth - e.clientWidth - e.scrollLeft > 1);
   const reachable = () => {
-    for (const e of document.querySelectorAll("table.facts, mjx-container[display], .bd-article pre, div.cell_output")) if (e.scrollWidth > e.clientWidth) e.tabIndex = 0;
+    for (const e of document.querySelectorAll("table.facts, mjx-container[display], .bd-article pre, div.cell_output")) {
+      if (e.scrollWidth > e.clientWidth) { e.tabIndex = 0; e.onscroll = () => more(e); }
+      more(e);
+    }
   };
   addEventListener("resize", reachable);
   addEventListener("load", () => { reachable(); window.MathJax?.startup?.promise?.then(reachable); });
