@@ -33,7 +33,7 @@ def tar_month(entry:TarEntry # of the manifest
     if m is None: raise StudyError(f"the manifest lists {entry.name[:80]!r}, which is no bulk tar; do not trust this source")
     return f"{19 if m[1] > '90' else 20}{m[1]}{m[2]}"
 
-# %% ../../nbs/corpus/16_bulk.ipynb #5e6b36c6
+# %% ../../nbs/corpus/16_bulk.ipynb #9493d670
 def parse_months(text:str|None # 2401, 2401-2406, 9912,0001-0003; None: all
                 )->list[tuple[str,str]]: # errors: StudyError
     "First and last months, with their centuries."
@@ -49,8 +49,10 @@ def choose_tars(entries:list[TarEntry], # of the manifest
                )->list[TarEntry]: # errors: StudyError
     "The tars of the months, newest month first, as far as the bytes reach."
     ranges, chosen, n = parse_months(months), [], 0
-    newest_first = sorted(sorted(entries, key=lambda e: e.name), key=tar_month, reverse=True)
+    once = {e.name: e for e in entries} # two streams into one file would spoil it
+    newest_first = sorted(sorted(once.values(), key=lambda e: e.name), key=tar_month, reverse=True)
     for entry in newest_first:
+        if entry.size < 1: raise StudyError(f"the manifest lists {entry.name} with {entry.size} bytes; do not trust this source")
         if not any(first <= tar_month(entry) <= last for first, last in ranges): continue
         if n + entry.size > most_bytes: break
         chosen.append(entry)
