@@ -44,11 +44,23 @@ def fetch(server_side, place, command=FETCH):
         settings = ini(place, address)
         return subprocess.run([*CLI, *command.split(), "--json", "--settings", settings], cwd=place, capture_output=True, text=True, timeout=600)
 
-def told_truth(server_side, data):
-    "The truth of the papers that were fetched, where the checks look for it."
-    have = {json.loads(line)["id"] for line in (data/SNAPSHOT).read_text(encoding="utf-8").splitlines()}
-    (data/"truth.jsonl").write_text("".join(json.dumps(t) + "\n" for id, t in server_side[2].items() if id in have), encoding="utf-8")
-    return have
+def fate_of(t, have):
+    "What the ledger has to say of a paper: stage and reason, or nothing where it is kept."
+    match t["reason"] if t["fate"] == "dropped" else None:
+        case None: return None
+        case "zero_bytes": return "archive", "no_source" # an answer without a byte is a failure, asked for again and in the end passed over
+        case "no_studied_category": return None # until it was cross-listed here
+        case "exact_duplicate" | "near_duplicate" if t["duplicate_of"] not in have: return None
+        case reason: return t["stage"], reason
+
+def agrees(ledger, truth, have):
+    "Each fetched paper has one row, with the fate that the miniature planted, and the main file."
+    rows = {r["id"]: r for r in ledger.to_dicts()}
+    assert set(rows) == have and ledger.height == len(have)
+    for id, r in rows.items():
+        assert (None if r["fate"] == "kept" else (r["stage"], r["reason"])) == fate_of(truth[id], have), (r, truth[id])
+        if r["fate"] == "kept" and truth[id]["container"] == "tar-gz" and truth[id]["main"]: assert r["main_file"] == truth[id]["main"], (r, truth[id])
+        assert "creativecommons.org" in r["license"] and "math.AG" in r["categories"]
 
 
 def test_the_readme_says_the_same():
@@ -68,10 +80,9 @@ def test_fetch_then_study(server_side, tmp_path):
     data, work = tmp_path/"data", tmp_path/"work"
     made = subprocess.run(made_by("study", ARXIV=data, WORKSPACE=work), cwd=ROOT, capture_output=True, text=True, timeout=3000)
     assert made.returncode == 0, made.stderr[-4000:]
-    have = told_truth(server_side, data)
+    have = {json.loads(line)["id"] for line in (data/SNAPSHOT).read_text(encoding="utf-8").splitlines()}
     assert len(have) == MOST
     ledger = check_study.baseline_ledger(work)
-    check_study.check_ledger(data, ledger)
+    agrees(ledger, server_side[2], have)
     check_study.check_conservation(ledger)
     check_study.check_runs(work)
-    assert all("creativecommons.org" in row for row in ledger["license"])
