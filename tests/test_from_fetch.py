@@ -71,6 +71,17 @@ def test_the_readme_says_the_same():
 
 
 @pytest.mark.slow
+def test_too_few_to_study(server_side, tmp_path):
+    "One sentence after some seconds, and no run begun: all of three papers are held out."
+    said = fetch(server_side, tmp_path, FETCH.replace("200", "3"))
+    assert said.returncode == 0, said.stderr
+    made = subprocess.run(made_by("study", ARXIV=tmp_path/"data", WORKSPACE=tmp_path/"work"), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert made.returncode == 1 and "Traceback" not in made.stderr
+    assert re.fullmatch(r"arxiv-study: \S+ has no paper in the training split; give more papers or .*", made.stderr.strip().splitlines()[-1])
+    assert not list(tmp_path.glob("work/runs/*/R*"))
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_fetch_then_study(server_side, tmp_path):
     "All 24 runs on 200 fetched papers; the ledger agrees with the truth, bytes are conserved, the baseline has learned."
