@@ -10,8 +10,8 @@ __all__ = ['DEVICES', 'BYTES', 'RECIPES', 'BUCKET', 'LIVE', 'PARTS', 'COLOURS', 
            'source_bytes', 'checkpoint_bytes', 'tokens_per_s', 'needed_mb_s', 'shared_out', 'step_seconds', 'binding',
            'binding_table', 'binding_figure', 'plan']
 
-# %% ../../nbs/model/14_plan.ipynb #4d0dd57c
-import math, textwrap
+# %% ../../nbs/model/14_plan.ipynb #9769b834
+import math
 from dataclasses import dataclass, replace
 from .configuration import CHOICES, PRESETS, ModelConfig, flops_per_token, n_hidden_parameters, n_parameters, one_of, tokens_per_step
 from .metrics import DATASHEET, hardware_flops_per_token
@@ -219,7 +219,7 @@ def peak_memory(config: ModelConfig, recipe: Recipe, n_devices: int, device: Dev
     "The moment that needs most"
     return max(memory_moments(config, recipe, n_devices, device, accumulated), key=total)
 
-# %% ../../nbs/model/14_plan.ipynb #6b971b40
+# %% ../../nbs/model/14_plan.ipynb #04018ab7
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#999999", "#E69F00", "#D55E00", "#CC79A7")  # of Okabe and Ito: with any colour vision
 PATTERNS = ("", "/", "\\", "x", "-", ".", "+")
 
@@ -241,12 +241,12 @@ def memory_figure(
     fit = {size: sum(total(p) < size * 1e9 for p in peaks.values()) for size in sizes_gb}
     title = f"Of {len(peaks)} ways to train, " + " and ".join(f"{'all' if k == len(peaks) else k or 'none'} fit {size:g} GB" for size, k in fit.items())
     return _finished(figure, title, f"Stacked bars of one device's memory at the worst moment of a step, one bar for each of {len(peaks)} ways to train. {title}.").update_layout(
-        barmode="stack", xaxis_title="memory of one device (GB)", yaxis=dict(autorange="reversed", title="ZeRO stage, what is computed again"), height=520, legend=dict(orientation="h", y=-0.3, traceorder="normal"))
+        barmode="stack", xaxis_title="memory of one device (GB)", yaxis=dict(autorange="reversed", title=dict(text="ZeRO stage, recomputed", font_size=13)), height=520, legend=dict(orientation="h", y=-0.3, traceorder="normal"))
 
 
 def _finished(figure, title: str, alt: str):
     "Title that states the finding, and alternative text"
-    figure.update_layout(template="plotly_white", title=dict(text="<br>".join(textwrap.wrap(title, 84)), x=0, xanchor="left", font_size=15), height=430)
+    figure.update_layout(template="plotly_white", title=dict(text=title, x=0, xanchor="left", font_size=15), height=430)
     figure.layout.meta = {"alt": alt}
     return figure
 
@@ -381,15 +381,15 @@ def _binding_map(rows: list[dict]):
                       text=cells(lambda r: RESOURCES[r["binds"]][1]), texttemplate="%{text}", customdata=cells(lambda r: [r[n] for n in names]),
                       hovertemplate="%{x} GPUs, %{y} MB/s<br>arithmetic %{customdata[0]:.3g} s, communication %{customdata[1]:.3g} s, storage %{customdata[2]:.3g} s<extra></extra>")
 
-# %% ../../nbs/model/14_plan.ipynb #5a1e89e4
+# %% ../../nbs/model/14_plan.ipynb #8a9b12a0
 def _binding_title(table: list[dict]) -> str:
     "What the maps say about storage and communication"
     slow = lambda source: max((r["storage_mb_s"] for r in table if r["source"] == source and r["binds"] == "storage"), default=0)
-    said = [f"from {s} up to {slow(s):,} MB/s" for s in dict.fromkeys(r["source"] for r in table) if slow(s)]
+    said = [f"{slow(s):,} MB/s from {s}" for s in dict.fromkeys(r["source"] for r in table) if slow(s)]
     talks = [r["gpus"] for r in table if r["binds"] == "communication"]
-    return ("Storage binds " + ", ".join(said) if said else "Storage never binds") + "; " + (f"communication from {min(talks)} GPUs" if talks else "communication never")
+    return ("Storage binds up to " + ", ".join(said) if said else "Storage never binds") + "; " + (f"communication from {min(talks)} GPUs" if talks else "communication never")
 
-# %% ../../nbs/model/14_plan.ipynb #813aee07
+# %% ../../nbs/model/14_plan.ipynb #2b919e26
 def binding_figure(
     table: list[dict],  # from binding_table
 ):  # go.Figure
@@ -402,7 +402,7 @@ def binding_figure(
         for j, context in enumerate(contexts, 1): figure.add_trace(_binding_map([r for r in table if r["source"] == source and r["context"] == context]), j, i)
     for name, (colour, letter) in RESOURCES.items(): figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=f"{letter}: {name}", marker=dict(color=colour, symbol="square", size=12)))
     title = _binding_title(table)
-    figure.update_xaxes(type="category", tickangle=0, tickfont_size=11, tickvals=[str(n) for n in sorted({r["gpus"] for r in table})[::2]]).update_yaxes(type="category")
+    figure.update_xaxes(type="category", tickangle=0, tickfont_size=11, tickvals=[str(n) for n in sorted({r["gpus"] for r in table})[::3]]).update_yaxes(type="category")
     for i, source in enumerate(sources, 1): figure.update_xaxes(title=dict(text=f"GPUs<br>{source}", font_size=13), row=len(contexts), col=i)
     for j, context in enumerate(contexts, 1): figure.update_yaxes(title=dict(text=f"context {context:,}<br>storage (MB/s)", font_size=13), row=j, col=1)
     return _finished(figure, title, f"Maps of the binding resource over GPUs and storage bandwidth, one for each of {len(contexts)} lengths of sequence and {len(sources)} sources of tokens. {title}.").update_layout(
