@@ -453,7 +453,8 @@ def test_tars_from_a_bucket(mini, paid, tmp_path):
 @pytest.mark.parametrize("streams", [1, 3])
 @pytest.mark.parametrize("fault", ["cut", "flip"])
 def test_a_bad_line_to_the_bucket(mini, paid, tmp_path, fault, streams):
-    paid.faults.update({3: fault, 5: fault})
+    first = {"arXiv_src_1505_001.tar": fault, "arXiv_src_1503_001.tar": fault} # the first time that each is asked for
+    paid.fault = lambda n, path: first.pop(Path(path).name, None)
     bulk.fetch_bulk(tmp_path, FetchConfig(backoff_s=0., streams=streams))
     assert tars(tmp_path) == tars(mini) and not leftovers(tmp_path)
     assert paid.n == 1 + 6 + 2 # the manifest, the tars, and again what was bad of two of them
@@ -570,6 +571,24 @@ def test_tars_from_memory_and_by_month(mini, tmp_path):
     try: bulk.fetch_bulk(tmp_path, FetchConfig(bulk="memory://mirror"), months="0704")
     finally: memory.rm("/mirror", recursive=True)
     assert {n for n in tars(tmp_path)} == {n for n in tars(mini) if "_0704_" in n} and len(tars(tmp_path)) == 2
+
+def test_a_mirror_on_the_web(mini, tmp_path):
+    "One that can send stretches of a file, and one that always sends all of it: what is cut from that would be the wrong stretch."
+    pytest.importorskip("aiohttp")
+    import functools, threading
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+    handler = type("Quiet", (SimpleHTTPRequestHandler,), dict(log_message=lambda self, *about: None))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=mini))
+    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=.05), daemon=True).start()
+    config = FetchConfig(bulk=f"http://127.0.0.1:{server.server_port}")
+    try:
+        bulk.fetch_bulk(tmp_path/"all", config) # the miniature's tars are one stretch each
+        name, data = list(tars(mini).items())[0]
+        (tmp_path/"rest"/".fetch").mkdir(parents=True)
+        (tmp_path/"rest"/".fetch"/(Path(name).name + ".part")).write_bytes(data[:len(data)//2])
+        with pytest.raises(StudyError, match="in stretches; choose another mirror"): bulk.fetch_bulk(tmp_path/"rest", config)
+    finally: server.shutdown(); server.server_close()
+    assert tars(tmp_path/"all") == tars(mini)
 
 def test_a_manifest_that_leads_out_of_the_folder(mini, tmp_path):
     evil = tmp_path/"evil"

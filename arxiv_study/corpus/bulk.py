@@ -190,13 +190,14 @@ def _missing(part:Path, # what has come of a tar
     "The next stretch that a tar lacks, until it lacks none."
     while (have := part.stat().st_size if part.exists() else 0) < entry.size: yield have, min(have + step, entry.size)
 
-# %% ../../nbs/corpus/16_bulk.ipynb #a9fad2c4
-def _stretch(of:Delivery, entry:TarEntry, start:int, end:int)->bytes: # errors: Transient, Halted
+# %% ../../nbs/corpus/16_bulk.ipynb #08ed64e4
+def _stretch(of:Delivery, entry:TarEntry, start:int, end:int)->bytes: # errors: Transient, Halted, StudyError
     "A stretch of a tar, or what has come of it; nothing is not enough."
     if of.halt.is_set(): raise Halted
     data = read_range(of.store, entry.name, start, end)
     if not data: raise Transient("the file ends too early")
-    return data[:end - start]
+    if len(data) > end - start: raise StudyError(f"{of.store.address} sends more of a file than it is asked for, and a tar is asked for in stretches; choose another mirror")
+    return data
 
 def _filled(of:Delivery, entry:TarEntry, part:Path):
     "Fetch what a tar lacks."
