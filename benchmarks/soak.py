@@ -154,8 +154,9 @@ def against_reference(folder, expected):
 
 class Soak:
     "The builds of one folder, one after the other."
-    def __init__(self, arxiv, folder, expected, span_s, rng, log):
-        self.arxiv, self.folder, self.expected, self.span_s, self.rng, self.log = arxiv, folder, expected, span_s, rng, log
+    def __init__(self, arxiv, folder, expected, reference_s, rng, log):
+        self.arxiv, self.folder, self.expected, self.rng, self.log, self.n_tars = arxiv, folder, expected, rng, log, len(list((arxiv/"src").glob("*.tar")))
+        self.tar_s = 2*reference_s/self.n_tars # of each of two workers
         self.faults, self.wrong, self.builds, self.resumed, self.memory = Counter(), [], 0, 0, Memory()
 
     def open(self):
@@ -171,12 +172,18 @@ class Soak:
     def says(self, what, right):
         if not right: self.wrong.append(what)
 
+def moment(soak, builder):
+    "Wait for a random moment of a build: up to a quarter of all tars from now, by tars and not by the clock, for the machine may be busy or not; and up to the time of a tar, lest one is always just done."
+    reached = min(soak.n_tars, len(notes(soak.folder)) + soak.rng.uniform(0, soak.n_tars/4))
+    while len(notes(soak.folder)) < reached and not builder.is_heard(.05): pass
+    builder.is_heard(soak.rng.uniform(0, soak.tar_s))
+
 def killed(soak, kind):
-    "A build that is struck at a random moment; its answer, or None where it was killed with its builder."
-    builder = soak.open()
-    builder.ask()
+    "A build that is struck at a random moment; its answer, empty where it was killed with its builder."
+    (builder := soak.open()).ask()
+    moment(soak, builder)
     if kind == "worker": until(lambda: builder.workers() or builder.is_heard())
-    answer = builder.answer(soak.rng.uniform(0, soak.span_s))
+    answer = builder.answer(0)
     if answer is None and strike(builder, kind, soak.rng): soak.faults[kind] += 1
     if answer is None: answer = builder.answer()
     if kind == "worker": soak.says(f"a build that lost a worker says {answer!r}", answer == "built")
@@ -238,7 +245,7 @@ def soak(place, papers=10_000, minutes=30., seed=0, papers_per_tar=100):
     reference_s, start = time.monotonic() - start, time.monotonic()
     folder.mkdir()
     with open(place/"log.txt", "w") as log:
-        run = Soak(arxiv, folder, digests(reference), reference_s/8, rng, log)
+        run = Soak(arxiv, folder, digests(reference), reference_s, rng, log)
         run.wrong += against_truth(arxiv, reference)
         run.memory.start()
         while time.monotonic() - start < 60*minutes: build(run, drawn(rng))
@@ -246,7 +253,7 @@ def soak(place, papers=10_000, minutes=30., seed=0, papers_per_tar=100):
         if last := run.memory.builder: last.end(), run.close(last)
     memory = run.memory.table().filter(pl.col("build") <= run.builds) # not what came after the last one
     run.says("a tar is not what it was", all(hashlib.sha256(p.read_bytes()).digest() == d for p, d in tars.items()))
-    told = dict(papers=papers, tars=len(list((arxiv/"src").glob("*.tar"))), minutes=round((time.monotonic() - start)/60, 1), seed=seed, uninterrupted_s=round(reference_s, 1), builds=run.builds, faults=dict(run.faults),
+    told = dict(papers=papers, tars=run.n_tars, minutes=round((time.monotonic() - start)/60, 1), seed=seed, uninterrupted_s=round(reference_s, 1), builds=run.builds, faults=dict(run.faults),
                 tars_not_done_again=run.resumed, wrong=run.wrong, memory=memory_told(memory))
     return told, memory
 
