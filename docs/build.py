@@ -95,7 +95,7 @@ def listing(room:str, chapters)->str:
         lines.append("- [Reasons](reasons.md): Why a paper is not in the corpus, one row a reason.")
     return "\n".join(["## Chapters" if lines else "", "", *lines, "", toctree(names)])
 
-WRITTEN = ("limits", "contributing") # pages that are not notebooks: docs/*.md
+WRITTEN = ("clusters", "limits", "contributing") # pages that are not notebooks: docs/*.md
 
 def root_entries(chapters, root:Path)->list[str]:
     rooms = [r for r in ROOMS if any(c.page.startswith(f"{r}/") for c in chapters)]
