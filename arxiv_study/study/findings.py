@@ -143,7 +143,7 @@ def contrasts(evidence:Evidence)->list[Judged]:
 def _contrast(judged:list, run:str, against:str)->Judged|None:
     return next((j for j in judged if (j.contrast.run, j.contrast.against) == (run, against)), None)
 
-# %% ../../nbs/study/07_findings.ipynb #2fe9deb6
+# %% ../../nbs/study/07_findings.ipynb #a6abb9dd
 def largest_loss(papers:dict, groups:dict, # see Evidence
                  n_draws:int=2000)->dict|None: # run, share, low, high
     "The largest relative loss of tokens against the baseline, with a bootstrap over groups."
@@ -151,7 +151,7 @@ def largest_loss(papers:dict, groups:dict, # see Evidence
     for run in ("R09", "R10", "R11", "R12"):
         if run not in papers or "R03" not in papers: continue
         both = papers["R03"].join(papers[run], on="id", how="full", coalesce=True, suffix="_here").with_columns(pl.col("n_tokens", "n_tokens_here").fill_null(0))
-        both = both.with_columns(group=pl.Series([groups.get(i, i) for i in both["id"]])).group_by("group", maintain_order=True).agg(pl.col("n_tokens", "n_tokens_here").sum())
+        both = both.with_columns(group=pl.Series([groups.get(i, i) for i in both["id"]])).group_by("group").agg(pl.col("n_tokens", "n_tokens_here").sum()).sort("group") # a join keeps no order, and the draws follow it
         found[run] = bootstrap_share((both["n_tokens"]-both["n_tokens_here"]).to_numpy(), both["n_tokens"].to_numpy(), n_draws)
     found = {run: s for run, s in found.items() if s[0] is not None}
     if not found: return None
@@ -285,11 +285,17 @@ def soon_words(found:list)->str: # of `sooner`
     domains = ", ".join(f"{s.domain} {s.gain:.2f}" for s in found[1:] if s.gain is not None)
     return f"; R20 reaches {target} at {whole.gain:.2f}{ends} times the pace" + (f" ({domains})" if domains else "")
 
-# %% ../../nbs/study/07_findings.ipynb #6038c7f4
+# %% ../../nbs/study/07_findings.ipynb #7073e851
+def _beside(judged:Judged)->str:
+    "A gain or a loss in words."
+    word, sign = ("better", 1) if judged.effect >= 0 else ("worse", -1)
+    ends = sorted(sign*x for x in (judged.low, judged.high)) if judged.low is not None else (None, None)
+    return f"{word} than {judged.contrast.against} by {_signed(sign*judged.effect)} bits per byte{_ends(*ends)}"
+
 def curriculum_finding(evidence:Evidence, judged:list)->Finding:
     "Does prose first, formulas later beat mixed data?"
     pair = [_contrast(judged, "R20", other) for other in ("R03", "R19")]
-    here = "; ".join(f"better than {j.contrast.against} by {_signed(j.effect)} bits per byte{_ends(j.low, j.high)}" for j in pair if j and j.effect is not None) or "not measured"
+    here = "; ".join(_beside(j) for j in pair if j and j.effect is not None) or "not measured"
     verdicts = [j.verdict if j else CANNOT_TELL for j in pair]
     decided = SUPPORTED if verdicts == [SUPPORTED]*2 else NOT_SUPPORTED if NOT_SUPPORTED in verdicts else CANNOT_TELL
     why = "by the rule"
