@@ -41,18 +41,24 @@
     const width = canvas.clientWidth, narrow = width < 560, entries = data.filter(t => t.name && t.showlegend !== false).length;
     const title = typeof layout.title === "string" ? { text: layout.title } : layout.title;
     let lines = 1;
-    if (title?.text && !title.text.includes("<br>")) {  // room beside the title for the buttons, which narrow pages go without
-      layout.title = { ...title, text: fold(title.text, Math.max(24, Math.floor((width - (narrow ? 0 : 220)) / 8.6))) };
+    if (title?.text) {  // room beside the title for the buttons, which narrow pages go without
+      const letters = Math.max(24, Math.floor((width - (narrow ? 0 : 220)) / (narrow ? 9.4 : 8.6)));
+      layout.title = { ...title, text: title.text.split("<br>").map(line => fold(line, letters)).join("<br>") };
       lines = layout.title.text.split("<br>").length;
     }
     const margin = { ...layout.margin };
     if (lines > 1) margin.t = (margin.t ?? 80) + 20 * (lines - 1);
     if (narrow && entries > 1 && layout.showlegend !== false) {  // the legend between title and plot, and the figure as much taller
       layout.legend = { ...layout.legend, orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom", yref: "paper", xref: "paper" };
-      layout.title = { ...layout.title, y: 0.98, yref: "container", yanchor: "top" };
       margin.t = 30 + 22 * lines + 24 * entries;
       layout.height = (layout.height ?? 450) + 24 * entries + 60;
     }
+    if (narrow) {  // all of the width for the plot; the first line of the title a line's height below the edge
+      if (!Object.keys(layout).some(k => k.startsWith("yaxis") && layout[k].side === "right")) margin.r = Math.min(margin.r ?? 80, 16);
+      layout.title = { ...layout.title, y: 1 - 22 / (layout.height ?? 450), yref: "container", yanchor: "top" };
+    }
+    const tall = narrow ? [...new Set(data.flatMap(t => Array.isArray(t.x) ? t.x : []))].filter(v => typeof v === "string" && v.includes("<br>")) : [];
+    if (tall.length) layout.xaxis = { ...layout.xaxis, tickmode: "array", tickvals: tall, ticktext: tall.map(v => v.split("<br>")[0]) };  // the pointer and the table still tell all
     if (Object.keys(margin).length) layout.margin = margin;
     return Plotly.react(canvas, structuredClone(data), layout,
       { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "", displayModeBar: narrow ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d"] });
