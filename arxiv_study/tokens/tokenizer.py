@@ -220,7 +220,15 @@ def mine_symbols(texts:list, # the sample
     worth = [u for u in n_papers if u in core or len(seen_in[u]) >= least]
     return sorted(worth, key=lambda u: (u not in core, -len(seen_in[u]), -n_papers[u], u))[:budget]
 
-# %% ../../nbs/tokens/01_tokenizer.ipynb #719e846c
+# %% ../../nbs/tokens/01_tokenizer.ipynb #1390fd9b
+def sentences(texts:list, codec:SymbolCodec, pattern:re.Pattern):
+    "What SentencePiece learns from: words in their runs, the names of unknown control sequences alone, no symbols."
+    controls = len(codec.symbols) > len(BREAKS)
+    for text in texts:
+        units = ("\n" if u in codec.code else f"\n\\\n{u[1:]}\n" if controls and u[0] == "\\" else u for u in pattern.findall(codec.escape(text)))
+        yield from filter(None, "".join(units).split("\n"))
+
+# %% ../../nbs/tokens/01_tokenizer.ipynb #207007c5
 SPECIAL = dict(unk_id=0, eos_id=1, pad_id=2, bos_id=-1, unk_piece="<|unknown|>", eos_piece="<|document_end|>", pad_piece="<|padding|>")
 
 def _settings(config:TokenizerConfig, codec:SymbolCodec)->dict:
@@ -230,7 +238,6 @@ def _settings(config:TokenizerConfig, codec:SymbolCodec)->dict:
         split_digits=config.split_digits, byte_fallback=True, character_coverage=0.9995, max_sentence_length=1<<24,
         hard_vocab_limit=True, num_threads=2, shuffle_input_sentence=False, minloglevel=2, **SPECIAL)
 
-# %% ../../nbs/tokens/01_tokenizer.ipynb #1540e09c
 def _supported(message:str, config:TokenizerConfig, n_bytes:int)->str:
     "What SentencePiece said about the size of the vocabulary, as advice."
     if m := re.search(r"too high \(\d+\).*?<= (\d+)", message):
@@ -238,13 +245,6 @@ def _supported(message:str, config:TokenizerConfig, n_bytes:int)->str:
     if m := re.search(r"(\d+) vs (\d+)", message):
         return f"a vocabulary of {config.vocab_size} entries is too small for the bytes, characters and symbols alone; ask for more than {m[2]}"
     return f"SentencePiece could not train on {n_bytes:,} bytes: {message.splitlines()[0]}"
-
-def sentences(texts:list, codec:SymbolCodec, pattern:re.Pattern):
-    "What SentencePiece learns from: words in their runs, the names of unknown control sequences alone, no symbols."
-    controls = len(codec.symbols) > len(BREAKS)
-    for text in texts:
-        units = ("\n" if u in codec.code else f"\n\\\n{u[1:]}\n" if controls and u[0] == "\\" else u for u in pattern.findall(codec.escape(text)))
-        yield from filter(None, "".join(units).split("\n"))
 
 def fit_model(texts:list, codec:SymbolCodec, pattern:re.Pattern, config:TokenizerConfig)->bytes: # a SentencePiece model file
     "Train SentencePiece."
@@ -279,7 +279,7 @@ class Tokenizer:
         "On the training sample."
         return self.report["bytes_per_token"]
 
-# %% ../../nbs/tokens/01_tokenizer.ipynb #8fe2084e
+# %% ../../nbs/tokens/01_tokenizer.ipynb #0a1bcb53
 REMEMBERED = 1 << 18 # units; some 50 MB
 
 @patch
@@ -305,7 +305,6 @@ def _ids(self:Tokenizer, text:str)->bytes: # int32
     except KeyError: self._meet(set(units))
     return b"".join(map(self.units.__getitem__, units))
 
-# %% ../../nbs/tokens/01_tokenizer.ipynb #60ca3ebf
 @patch
 def encode(self:Tokenizer, text:str)->np.ndarray: # int32; errors: StudyError where it is not valid Unicode
     "Ids of one text, without the document end."
@@ -325,7 +324,7 @@ def decode(self:Tokenizer, ids)->str:
     if self.processor is None: return ids[ids < 256].astype(np.uint8).tobytes().decode(errors="replace")
     return self.codec.plain(self.processor.decode(ids.tolist()))
 
-# %% ../../nbs/tokens/01_tokenizer.ipynb #2ca8b74c
+# %% ../../nbs/tokens/01_tokenizer.ipynb #697d039f
 @lru_cache(maxsize=1)
 def _kept(config:tuple, symbols:tuple, model:bytes|None)->Tokenizer:
     "The tokenizer of a worker process, with the units it has met."
@@ -346,7 +345,6 @@ def _batches(texts, n_chars:int=1<<20):
 
 def _died(task:tuple): raise StudyError("a process that encodes texts has died, most likely for want of memory; encode with fewer workers")
 
-# %% ../../nbs/tokens/01_tokenizer.ipynb #ace4cf31
 @contextmanager
 def encoders(tokenizer:Tokenizer, workers:int|None=None): # processes; None: all cores
     "A function from texts to their ids, as `encode_many`, that runs on several processes while the block lasts."
@@ -393,7 +391,7 @@ def piece_bytes(self:Tokenizer, text:str)->list: # of bytes, which join to the t
     pieces = [self._entries[i] for i in self.encode(text).tolist()]
     return unescaped(pieces) if self.codec.n_reserved(text) else pieces
 
-# %% ../../nbs/tokens/01_tokenizer.ipynb #2f839b1b
+# %% ../../nbs/tokens/01_tokenizer.ipynb #ae3ef09d
 def _report(tokenizer:Tokenizer, sample:pl.DataFrame)->dict:
     "What a tokenizer does to its sample."
     counted = sample.select("domain", n_bytes=pl.col("text").str.len_bytes(), n_tokens=pl.Series(map(len, tokenizer.encode_many(sample["text"])), dtype=pl.Int64))
@@ -405,7 +403,6 @@ def _report(tokenizer:Tokenizer, sample:pl.DataFrame)->dict:
         bytes_per_token_by_domain={d: b / t for d, b, t in domains.iter_rows()},
         stability=stability(tokenizer.piece_bytes, measured["text"], tokenizer.vocab_size))
 
-# %% ../../nbs/tokens/01_tokenizer.ipynb #28d34d61
 def learn(sample:pl.DataFrame, # domain, group, text
           config:TokenizerConfig)->Tokenizer:
     "Train a tokenizer and measure it on the text it will serve."
