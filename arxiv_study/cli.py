@@ -9,7 +9,7 @@ __all__ = ['app', 'SHARED', 'Out', 'EPRINTS', 'RECORDS', 'TARS', 'OWN', 'Anywher
            'tokenizer', 'pack', 'train', 'evaluate', 'export', 'generate', 'show_parts', 'planned', 'plan', 'rehearse',
            'run_names', 'run', 'study', 'report', 'fit', 'docs', 'lab', 'with_examples', 'main']
 
-# %% ../nbs/90_cli.ipynb #0d11c885
+# %% ../nbs/90_cli.ipynb #d3e45b9f
 import functools, inspect, json as json_format, os, sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +30,9 @@ class Call:
     quiet: bool = False # print results only
     elsewhere: Optional[str] = None # the address of an arXiv folder, where --arxiv gave one
 
-# %% ../nbs/90_cli.ipynb #5798de4c
+# %% ../nbs/90_cli.ipynb #80a92895
 SHARED = dict(
-    arxiv=Annotated[Optional[str], typer.Option(help="An arXiv folder: metadata snapshot and bulk tars.", metavar="PATH", rich_help_panel="Everywhere")],
+    arxiv=Annotated[Optional[str], typer.Option(help="An arXiv folder: metadata snapshot and bulk tars.", metavar="PATH", rich_help_panel="Everywhere")], # text: a path would make s3:/ of s3://
     workspace=Annotated[Optional[Path], typer.Option(help="Where everything is written.", rich_help_panel="Everywhere")],
     settings=Annotated[Optional[Path], typer.Option(help="A settings.ini to use instead of the nearest one.", rich_help_panel="Everywhere")],
     json=Annotated[bool, typer.Option("--json", help="Print JSON for a script.", rich_help_panel="Everywhere")],
@@ -213,7 +213,7 @@ def corpus_values(given:dict, # options, None where not given
         except yaml.YAMLError as e: raise StudyError(f"--set {pair} cannot be read as YAML; write a word, a number, true, false, null or [a, list]", code=2) from e
     return values
 
-# %% ../nbs/90_cli.ipynb #2f8fd9b1
+# %% ../nbs/90_cli.ipynb #5caf74fd
 Anywhere = Annotated[str, typer.Option(help="The folder to write, which must not exist; or an address, such as s3://bucket/corpus.", metavar="PATH")]
 
 @command(from_anywhere=True)

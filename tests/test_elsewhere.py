@@ -235,6 +235,7 @@ def test_an_upload_that_is_killed(reference, store, tmp_path):
     put = {path.removeprefix("/study/corpora/first/") for method, path in store.asked[n:] if method == "PUT"}
     assert put == {*digests(reference), "manifest.json"} - set(there)
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_while_it_fetches(reference, store, tmp_path):
     "Its half tar is cleared away by the next."
     killed = []
