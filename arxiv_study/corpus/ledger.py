@@ -66,7 +66,7 @@ class Reason(str, Enum):
 
     def __str__(self): return self.value
 
-# %% ../../nbs/corpus/00_ledger.ipynb #8e8f02e1
+# %% ../../nbs/corpus/00_ledger.ipynb #6ffe3d3d
 @dataclass(frozen=True)
 class ReasonInfo:
     "What the documentation says about a reason."
@@ -75,7 +75,6 @@ class ReasonInfo:
     detection: str  # how the stage notices
     example: str    # a case as it occurs
 
-# %% ../../nbs/corpus/00_ledger.ipynb #4e5fbb7b
 _metadata_reasons = {
     Reason.no_metadata: ReasonInfo(Stage.metadata, "The e-print lies in a bulk tar, but the snapshot has no record of it.",
         "the id of the tar member is absent from the metadata snapshot", "a tar that is newer than the snapshot"),
@@ -121,7 +120,7 @@ _archive_reasons = {
         "the process ended twice with this paper in hand, the second time with nothing beside it", "a fault in a C library"),
 }
 
-# %% ../../nbs/corpus/00_ledger.ipynb #dc1e5a0a
+# %% ../../nbs/corpus/00_ledger.ipynb #0b149f01
 _text_reasons = {
     Reason.no_main_file: ReasonInfo(Stage.latex, "No file of the e-print starts a document.",
         "no \\documentclass, \\documentstyle, nor a plain TeX file that ends in \\bye", "a tar of macro files only"),
@@ -151,7 +150,6 @@ _text_reasons = {
         "a run of thirteen words that stands in one of the benchmark files given, word for word; off without them", "a problem of a test set, quoted"),
 }
 
-# %% ../../nbs/corpus/00_ledger.ipynb #5aaf8d0e
 REASONS = {**_metadata_reasons, **_archive_reasons, **_text_reasons}
 
 # %% ../../nbs/corpus/00_ledger.ipynb #ea253327
@@ -160,10 +158,9 @@ def reasons_table() -> pl.DataFrame:  # columns reason, stage, meaning, detectio
     return pl.DataFrame([dict(reason=r.value, stage=i.stage.value, meaning=i.meaning, detection=i.detection,
                               example=i.example) for r, i in REASONS.items()])
 
-# %% ../../nbs/corpus/00_ledger.ipynb #e44a15a7
+# %% ../../nbs/corpus/00_ledger.ipynb #c87c344c
 STUDIED = ("math.*", "math-ph", "cs.*", "hep-th", "hep-ph", "quant-ph", "stat.ML", "stat.TH")
 
-# %% ../../nbs/corpus/00_ledger.ipynb #2be932d3
 def is_category(category: str,  # such as math.AG
                 pattern: str,   # a category, or an archive with all its classes: math.*
                ) -> bool:
@@ -215,7 +212,7 @@ def dropped(row: Row,        # the account up to here, `text_bytes` not yet coun
     return Row(**{**vars(row), "fate": "dropped", "stage": REASONS[reason].stage.value, "reason": reason.value,
                   "text_bytes": 0, "removed": removed})
 
-# %% ../../nbs/corpus/00_ledger.ipynb #b3220f5d
+# %% ../../nbs/corpus/00_ledger.ipynb #35ae9360
 _account = pl.List(pl.Struct({"rule": pl.String, "n": pl.Int64}))
 LEDGER_SCHEMA = pl.Schema({
     "id": pl.String, "domain": pl.String, "primary_category": pl.String, "categories": pl.String, "year": pl.Int32,
@@ -223,7 +220,6 @@ LEDGER_SCHEMA = pl.Schema({
     "reason": pl.String, "raw_bytes": pl.Int64, "tex_bytes": pl.Int64, "text_bytes": pl.Int64,
     "repairs": _account, "removed": _account, "added": _account})
 
-# %% ../../nbs/corpus/00_ledger.ipynb #de67a33b
 def _entries(account: dict) -> list[dict]:
     "An account as sorted list entries."
     return [dict(rule=str(k), n=int(n)) for k, n in sorted(account.items())]
