@@ -348,7 +348,7 @@ def peak_mb()->float:
     except OSError: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform == "darwin" else 1e3)
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])*1024/1e6
 
-# %% ../../nbs/corpus/13_pipeline.ipynb #a1db2ed6
+# %% ../../nbs/corpus/13_pipeline.ipynb #afa30ed1
 def _write_papers(task:Task, clock:Clock, seen:Counter, damage:list, part_bytes:int)->tuple[list[Row],list[dict],list,int]:
     "Write the texts of a task part by part; its rows, its failures, its hits and how many parts there are."
     rows, failures, hits, waiting, size, part = [], [], [], [], 0, 0
@@ -369,6 +369,7 @@ def _write_papers(task:Task, clock:Clock, seen:Counter, damage:list, part_bytes:
 def do_task(task:Task, part_bytes:int=32<<20)->dict: # what the parent is told; also in the note `done`
     "Turn a set of sources into part files of ledger, text and sketches."
     start = time.perf_counter()
+    check_wanted(task)
     with at_hand(task.sources) as sources: return _do_here(replace(task, sources=sources), part_bytes, start, task.sources.path)
 
 def _do_here(task:Task, part_bytes:int, start:float, origin:str)->dict:
