@@ -18,7 +18,7 @@ import numpy as np
 from scipy.optimize import brentq, minimize
 from ..settings import StudyError
 
-# %% ../../nbs/study/05_scaling.ipynb #5e8ef9ba
+# %% ../../nbs/study/05_scaling.ipynb #633dd82d
 POINT_COLUMNS = ("n_params", "n_tokens", "loss")
 
 def _number(text:str, # one cell of a table
@@ -29,7 +29,6 @@ def _number(text:str, # one cell of a table
     if not (math.isfinite(x) and x > 0): raise StudyError(f"{where} is {text!r}, but must be a positive number", code=2)
     return x
 
-# %% ../../nbs/study/05_scaling.ipynb #9850a268
 def read_points(path:Path # a CSV file with the columns n_params, loss and one of n_tokens and flops
                )->np.ndarray: # float64 [points, 3]: parameters, tokens, loss
     "Read training runs; StudyError names file, line and column."
@@ -213,7 +212,7 @@ def extrapolation(points:np.ndarray, # [points, 3]
     flops = lambda p: 6*p[:, 0]*p[:, 1]
     return Extrapolation(n_held, float(flops(held).min()), float(flops(seen).max()), float(abs(miss).mean()), float(miss.mean()))
 
-# %% ../../nbs/study/05_scaling.ipynb #3fe24bc7
+# %% ../../nbs/study/05_scaling.ipynb #f27a2ab1
 @dataclass(frozen=True)
 class Optimum:
     "The model and the tokens that make the best of a budget."
@@ -230,7 +229,6 @@ def compute_optimal(law:ScalingLaw, flops:float)->Optimum:
     n, d = g*(flops/6)**(law.beta/(law.alpha+law.beta)), (flops/6)**(law.alpha/(law.alpha+law.beta))/g
     return Optimum(flops, float(n), float(d), float(law.loss(n, d)))
 
-# %% ../../nbs/study/05_scaling.ipynb #974db624
 EPOCH = ScalingLaw(477.83, 2143.42, 1.81722, .34731, .36717, .0010182740)
 PAPER = 1.36e9, 52.18e9 # parameters and tokens of arXiv 2602.17288
 
