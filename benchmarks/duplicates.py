@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import rensa
 from scipy.stats import hypergeom, t as student
-from arxiv_study.corpus.duplicates import BAND, BOTTOM, EMPTY, N_BANDS, N_PERM, find_duplicates, near, nominated, overlap, plain, run_hashes, signature, sketch_runs
+from arxiv_study.corpus.duplicates import BAND, BOTTOM, N_BANDS, N_PERM, find_duplicates, near, nominated, overlap, plain, run_hashes, signature, sketch_runs
 from arxiv_study.corpus.contamination import Contamination, ContaminationRules, find_hits
 from arxiv_study.corpus.miniature import Writer
 from arxiv_study.corpus.pipeline import part_path
@@ -240,22 +240,20 @@ def told_in_full(rows):
         print(f"  {r['papers']:9,} papers: peak {r['peak_gib']:.3f} GiB, of which {r['base_gib']:.3f} before the first paper; {r['disk_gib']:.3f} GiB on disk; sketches {r['sketch_cpu_s']:.1f} s of a core, search {r['search_cpu_s']:.1f} s ({r['search_s']:.1f} s by the clock); "
               f"{r['compared']:,.0f} pairs compared; {r['found']:,.0f} of {r['planted']:,.0f} copies found, {r['expected']:.1f} expected; {r['wrong']:.0f} wrong")
     if len(middle) < 3: return
-    grown = rows.with_columns(grown_gib=pl.col("peak_gib") - pl.col("base_gib"))
+    grown = middle.with_columns(grown_gib=pl.col("peak_gib") - pl.col("base_gib")) # turns at one size are no measurements of the law
     for name in ("grown_gib", "disk_gib", "sketch_cpu_s", "search_cpu_s", "compared"):
         b, value, low, high = power_law(grown["papers"].to_numpy(), grown[name].to_numpy(), ALL)
         print(f"  {ALL:,} papers: {name} {value:,.2f} (95 %: {low:,.2f} to {high:,.2f}), by the power {b:.3f} of the number of papers", flush=True)
 
 def write_worlds(folder, out, n_worlds=10, n_parts=SIZES[-1]//PART):
-    "The parts of all papers so many times: in each world its own digests, and sketches in which every hash is another."
+    "The parts of all papers so many times: in each world other digests and other bands. The finer sketches stay, for they are compared only where bands bring papers together."
     out.mkdir(parents=True, exist_ok=True)
     for world in range(n_worlds):
-        mask = np.random.default_rng(world).integers(0, 2**32, N_BANDS + 1, np.uint32)
+        mask = np.zeros(N_BANDS + BOTTOM, np.uint32)
+        mask[:N_BANDS] = np.random.default_rng(world).integers(0, 2**32, N_BANDS, np.uint32)
         for part in range(n_parts):
-            place, rows = world*n_parts + part, np.load(part_path(folder, part, "sketches"))
-            smallest = rows[:, N_BANDS:]
-            rows = np.concatenate([rows[:, :N_BANDS]^mask[:-1], np.sort(np.where(smallest < EMPTY, smallest^mask[-1], EMPTY), axis=1)], axis=1)
-            np.save(part_path(out, place, "sketches"), rows)
-            texts = pl.read_parquet(part_path(folder, part, "text"))
+            place, texts = world*n_parts + part, pl.read_parquet(part_path(folder, part, "text"))
+            np.save(part_path(out, place, "sketches"), np.load(part_path(folder, part, "sketches"))^mask)
             ids = pl.Series("id", [f"{place*PART + k:09d}" for k in range(PART)])
             texts.with_columns(ids, digest=pl.lit(str(world)) + pl.col("digest").str.slice(1)).write_parquet(part_path(out, place, "text"))
 

@@ -16,7 +16,7 @@ from arxiv_study.storage import read_json, read_jsonl, write_json
 
 KEPT = Path(__file__).parents[1]/"runs"/"results"/"rehearsal"
 FAULTS = ("worker", "parent", "group", "full disk", "truncated tar", "flipped byte")
-MOST_MB_A_MINUTE, MOST_GROWTH = 1., .1 # of a worker; of the highest memory of builders and of workers, from the first build to the last
+MOST_MB_A_MINUTE, MOST_GROWTH = 1., .1 # of a worker; of the highest memory of builders and of workers, from the earlier half of the builds to the later one
 YOUNG_S = 30 # a process still loads what it needs
 
 BUILDER = """
@@ -36,8 +36,8 @@ for line in sys.stdin: # the most bytes that a file may have; 0: any number
 
 class Builder:
     "A process that builds a corpus as often as it is asked to, in a group of its own: all that it starts can be killed with it."
-    def __init__(self, arxiv, out, log):
-        self.process = subprocess.Popen([sys.executable, "-c", BUILDER, str(arxiv), str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
+    def __init__(self, arxiv, out): # what it says of its progress goes nowhere: in a file it would be under the limit, too
+        self.process = subprocess.Popen([sys.executable, "-c", BUILDER, str(arxiv), str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
 
     def ask(self, most_bytes=0): print(most_bytes, file=self.process.stdin, flush=True)
 
@@ -113,9 +113,10 @@ def slope(memory):
     return round(float((old["s"]*old["mb"]).sum()/(old["s"]**2).sum()*60), 3) if len(old) > 2 else None
 
 def growth(memory):
-    "How much higher memory got in the last build than in the first, as a share."
+    "How much higher memory got in the later half of the builds than in the earlier one, as a share."
     highest = memory.group_by("build").agg(pl.col("mb").max()).sort("build")["mb"]
-    return round(highest[-1]/highest[0] - 1, 4)
+    half = max(1, len(highest)//2)
+    return round(highest[half:].max()/highest[:half].max() - 1, 4) if len(highest) > 1 else 0.
 
 def memory_told(memory):
     "Processes, highest, slope and growth of builders and workers."
@@ -154,14 +155,14 @@ def against_reference(folder, expected):
 
 class Soak:
     "The builds of one folder, one after the other."
-    def __init__(self, arxiv, folder, expected, reference_s, rng, log):
-        self.arxiv, self.folder, self.expected, self.rng, self.log, self.n_tars = arxiv, folder, expected, rng, log, len(list((arxiv/"src").glob("*.tar")))
+    def __init__(self, arxiv, folder, expected, reference_s, rng):
+        self.arxiv, self.folder, self.expected, self.rng, self.n_tars = arxiv, folder, expected, rng, len(list((arxiv/"src").glob("*.tar")))
         self.tar_s = 2*reference_s/self.n_tars # of each of two workers
         self.faults, self.wrong, self.builds, self.resumed, self.memory = Counter(), [], 0, 0, Memory()
 
     def open(self):
         "The builder, a new one where there is none."
-        if self.memory.builder is None: self.memory.builder = Builder(self.arxiv, self.folder/"corpus", self.log)
+        if self.memory.builder is None: self.memory.builder = Builder(self.arxiv, self.folder/"corpus")
         return self.memory.builder
 
     def close(self, builder):
@@ -186,8 +187,8 @@ def killed(soak, kind):
     answer = builder.answer(0)
     if answer is None and strike(builder, kind, soak.rng): soak.faults[kind] += 1
     if answer is None: answer = builder.answer()
-    if kind == "worker": soak.says(f"a build that lost a worker says {answer!r}", answer == "built")
-    elif not answer: soak.close(builder)
+    soak.says(f"{kind} struck, and the build says {answer!r}", answer == "built" or kind != "worker" and answer == "")
+    if not answer: soak.close(builder)
     return answer
 
 def disk_full(soak):
@@ -197,6 +198,7 @@ def disk_full(soak):
     answer = builder.answer()
     soak.faults["full disk"] += answer != "built"
     soak.says(f"a full disk makes {answer!r}", answer == "built" or answer.startswith("stopped: ") and "File too large" in answer)
+    if not answer: soak.close(builder)
     return answer
 
 def with_damage(soak, kind):
@@ -244,13 +246,12 @@ def soak(place, papers=10_000, minutes=30., seed=0, papers_per_tar=100):
     reference = build_corpus(arxiv, place/"reference", workers=2)
     reference_s, start = time.monotonic() - start, time.monotonic()
     folder.mkdir()
-    with open(place/"log.txt", "w") as log:
-        run = Soak(arxiv, folder, digests(reference), reference_s, rng, log)
-        run.wrong += against_truth(arxiv, reference)
-        run.memory.start()
-        while time.monotonic() - start < 60*minutes: build(run, drawn(rng))
-        run.memory.ended.set()
-        if last := run.memory.builder: last.end(), run.close(last)
+    run = Soak(arxiv, folder, digests(reference), reference_s, rng)
+    run.wrong += against_truth(arxiv, reference)
+    run.memory.start()
+    while time.monotonic() - start < 60*minutes: build(run, drawn(rng))
+    run.memory.ended.set()
+    if last := run.memory.builder: last.end(), run.close(last)
     memory = run.memory.table().filter(pl.col("build") <= run.builds) # not what came after the last one
     run.says("a tar is not what it was", all(hashlib.sha256(p.read_bytes()).digest() == d for p, d in tars.items()))
     told = dict(papers=papers, tars=run.n_tars, minutes=round((time.monotonic() - start)/60, 1), seed=seed, uninterrupted_s=round(reference_s, 1), builds=run.builds, faults=dict(run.faults),
@@ -265,7 +266,7 @@ def show(told):
     "The summary as a table."
     print(f"\n{told['builds']} builds of {told['papers']:,} papers in {told['tars']} tars, in {told['minutes']} minutes; an uninterrupted one takes {told['uninterrupted_s']} s")
     for kind in FAULTS: print(f"  {kind:16} {told['faults'].get(kind, 0):5}")
-    for role, m in told["memory"].items(): print(f"  {role}: {m['processes']} processes, highest {m['highest_mb']:.0f} MB, {m['mb_a_minute']} MB a minute, last build over first {m['growth']:+.1%}")
+    for role, m in told["memory"].items(): print(f"  {role}: {m['processes']} processes, highest {m['highest_mb']:.0f} MB, {m['mb_a_minute']} MB a minute, later builds over earlier ones {m['growth']:+.1%}")
     print(f"  {told['tars_not_done_again']} times a tar that was done was not done again; wrong: {told['wrong'] or 'nothing'}; memory {'is' if is_flat(told) else 'IS NOT'} flat")
 
 def main():
