@@ -18,6 +18,14 @@ import yaml
 from ..model.configuration import PRESETS, ModelConfig, n_parameters
 from ..settings import Settings, StudyError
 
+# %% ../../nbs/study/00_runs.ipynb #ec8068cd
+def flat(tree:dict, # nested tables
+         prefix:str="")->dict: # dotted name -> value
+    "A nested table with dotted names."
+    out = {}
+    for key, value in tree.items(): out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix+key: value}
+    return out
+
 # %% ../../nbs/study/00_runs.ipynb #301befd6
 CORPUS = {"recipe": "flatten", "macros": "keep", "archive_policy": "lenient", "language_text": "prose", "min_abstract_words": 20, "min_year": None}
 TOKENIZER = {"kind": "bpe", "vocab_size": 1024, "latex_symbols": True, "split_digits": True, "sample": "mixed", "seed": 0}
@@ -49,14 +57,6 @@ BASELINES = {
         {"tokens": 52_180_000_000, "max_seconds": 3600., "schedule": "cosine", "warmup_fraction": 500/33_175, "lr_other": 2e-4, "lr_by_width": False, "decay_all": True, "precision": "bf16", "noise_every": 50},
         {"n_bytes": 50_000_000}, {"tied": False}),
 }
-
-# %% ../../nbs/study/00_runs.ipynb #e1a08d24
-def flat(tree:dict, # nested tables
-         prefix:str="")->dict: # dotted name -> value
-    "A nested table with dotted names."
-    out = {}
-    for key, value in tree.items(): out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix+key: value}
-    return out
 
 # %% ../../nbs/study/00_runs.ipynb #a649ada9
 def model_config(model:dict, # the effective values, size and derived ones included
@@ -99,7 +99,7 @@ def _mapping(path:Path, text:str)->tuple[dict, dict]:
         if isinstance(value, yaml.MappingNode): lines |= {f"{key.value}.{k.value}": k.start_mark.line+1 for k, _ in value.value}
     return values, lines
 
-# %% ../../nbs/study/00_runs.ipynb #d6d82824
+# %% ../../nbs/study/00_runs.ipynb #f425c74b
 CHOICES = {"corpus.recipe": ("flatten", "concatenate", "released"), "corpus.macros": ("keep", "expand"), "corpus.archive_policy": ("lenient", "strict"),
     "corpus.language_text": ("prose", "raw"), "tokenizer.kind": ("bpe", "unigram", "bytes"), "tokenizer.sample": ("mixed", "prose"),
     "batches.order": ("mixed", "prose_first", "formula_first"), "batches.layout": ("packed", "padded"), "batches.source": ("shards", "text"),
@@ -108,7 +108,6 @@ CHOICES = {"corpus.recipe": ("flatten", "concatenate", "released"), "corpus.macr
 FRACTIONS = ("training.warmup_fraction", "training.decay_fraction")
 OPTIONAL = ("corpus.min_year", "batches.unique_tokens", "training.tokens", "training.tokens_per_parameter", "training.clip", "training.max_seconds", "training.budget", "training.noise_every")
 
-# %% ../../nbs/study/00_runs.ipynb #d697a5d6
 def factor(value)->float|None: # 0.1 of the text x0.1
     "The factor of a relative value, None where the value is absolute."
     if not (isinstance(value, str) and value[:1] == "x"): return None
