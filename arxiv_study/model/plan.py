@@ -148,7 +148,7 @@ def state_bytes(
     gathered = e * min(n, LIVE) if stage == 3 and n_devices > 1 else 0
     return dict(weights=e * n // split(3) + gathered, gradients=twice * e * n // split(2), optimizer=(8 + master) * n // split(1), buckets=e * min(n, BUCKET) if stage else 0)
 
-# %% ../../nbs/model/14_plan.ipynb #ca8b250b
+# %% ../../nbs/model/14_plan.ipynb #646d2dc6
 def backward_moments(
     config: ModelConfig,
     recipe: Recipe,
@@ -170,7 +170,6 @@ def backward_moments(
             dict(moment="loss, backward", activations=kept(config.n_layers) + last_norm, logits=backward, share=here(0.0)), *blocks,
             dict(moment="embedding", activations=batch, working=e * (n_tokens * config.d_model + matrix) + waiting, share=1.0)]
 
-# %% ../../nbs/model/14_plan.ipynb #77a9b424
 def _share(config: ModelConfig, block: int) -> float:
     "Gradients that are there when a block goes backward: the head's, those of blocks above, and its down product's"
     a_block = n_hidden_parameters(config) / config.n_layers
@@ -369,7 +368,7 @@ def binding_table(
                     found.append(dict(source=source, context=context, gpus=n, storage_mb_s=mb_s, binds=binding(seconds), **seconds))
     return found
 
-# %% ../../nbs/model/14_plan.ipynb #18e68c1e
+# %% ../../nbs/model/14_plan.ipynb #a0db239f
 def _binding_map(rows: list[dict]):
     "One map: a cell a combination"
     import plotly.graph_objects as go
@@ -381,7 +380,6 @@ def _binding_map(rows: list[dict]):
                       text=cells(lambda r: RESOURCES[r["binds"]][1]), texttemplate="%{text}", customdata=cells(lambda r: [r[n] for n in names]),
                       hovertemplate="%{x} GPUs, %{y} MB/s<br>arithmetic %{customdata[0]:.3g} s, communication %{customdata[1]:.3g} s, storage %{customdata[2]:.3g} s<extra></extra>")
 
-# %% ../../nbs/model/14_plan.ipynb #8a9b12a0
 def _binding_title(table: list[dict]) -> str:
     "What the maps say about storage and communication"
     slow = lambda source: max((r["storage_mb_s"] for r in table if r["source"] == source and r["binds"] == "storage"), default=0)
