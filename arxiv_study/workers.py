@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ONE_THREAD', 'process_pool', 'run_tasks', 'dask_pool', 'pools_by', 'only_builder']
 
-# %% ../nbs/03_workers.ipynb #a3f0f632
-import fcntl, logging, multiprocessing, os, signal, socket, sys, threading, types
+# %% ../nbs/03_workers.ipynb #56f4b9b5
+import asyncio, fcntl, logging, multiprocessing, os, signal, socket, sys, threading, types
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor, wait
@@ -123,18 +123,27 @@ def _silent(*names:str):
     finally:
         for log, level in zip(loggers, levels): log.setLevel(level)
 
-# %% ../nbs/03_workers.ipynb #36bf64be
+# %% ../nbs/03_workers.ipynb #1be346dc
+def _n_workers(client, wait_s:float=30.)->int|None:
+    "How many workers a scheduler has; None where it does not answer."
+    try: return len(client.sync(client.scheduler.ncores, callback_timeout=wait_s))
+    except (OSError, asyncio.TimeoutError): return None
+
+def _trouble(engine:str, n_workers:int|None)->str:
+    "What keeps a cluster from working, with the remedy; empty where nothing does."
+    if n_workers is None: return "does not answer; the work waits for it: if it hangs, end it, and this command ends with it"
+    return "" if n_workers else f"has no workers left; the work waits until there are some: {_start_worker(engine)}"
+
 @contextmanager
 def _watched(client, engine:str, every_s:float=5.):
-    "Say on stderr when a cluster has no workers left, once each time."
+    "Say on stderr when a cluster cannot work, once each time."
     over = threading.Event()
     def watch():
-        had = True
+        before = ""
         while not over.wait(every_s) and client.status != "closed":
-            try: has = bool(client.nthreads())
-            except OSError: continue # the scheduler has gone: whoever waits for a task is told
-            if had and not has: print(f"warning: the Dask scheduler of {engine} has no workers left; the work waits until there are some: {_start_worker(engine)}", file=sys.stderr, flush=True)
-            had = has
+            now = _trouble(engine, _n_workers(client)) if client.status == "running" else "" # it may be connecting: whoever waits for a task is told
+            if now and now != before and not over.is_set(): print(f"warning: the Dask scheduler of {engine} {now}", file=sys.stderr, flush=True)
+            before = now
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try: yield

@@ -171,6 +171,20 @@ def test_all_workers_go_and_one_comes(miniature, reference, tmp_path, cluster):
     cluster.worker("--no-nanny")
     ends_well(build, out, reference)
 
+@pytest.mark.slow
+def test_the_scheduler_hangs(miniature, tmp_path, cluster):
+    "Nobody can tell a hanging scheduler from a busy one; the user is told after half a minute, and what the warning promises is so."
+    cluster.worker("--no-nanny")
+    cluster.meets(1)
+    build = start_build(miniature, tmp_path/"corpus", cluster.engine)
+    until(lambda: len(notes(tmp_path)) >= 2)
+    pause(cluster.started[0])
+    said = next(line for line in build.stderr if line.startswith("warning: "))
+    assert f"the Dask scheduler of {cluster.engine} does not answer" in said and build.poll() is None
+    cluster.started[0].kill()
+    _, said = build.communicate(timeout=150)
+    assert build.returncode == 1 and "has gone; start it again, and give the same command" in said and "Traceback" not in said and notes(tmp_path)
+
 
 # What docs/clusters.md says
 
