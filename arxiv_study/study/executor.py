@@ -6,8 +6,8 @@
 __all__ = ['MINIATURE_PAPERS', 'TRAINING_NAMES', 'ON_THE_WAY', 'EIGHTHS', 'WRITTEN', 'build_once', 'sources', 'variant_name',
            'Prepared', 'prepare_corpus', 'prepare_tokens', 'prepare', 'same_papers', 'budget', 'cadence',
            'launch_config', 'disagreement', 'Page', 'open_page', 'clear_run', 'recorded', 'build', 'train',
-           'check_effective', 'is_done', 'settings_file', 'notebook_command', 'last_step', 'execute_run', 'prepare_all',
-           'chosen', 'changes', 'execute_study', 'run_all', 'ending', 'clear_leftovers', 'show_table']
+           'check_effective', 'is_done', 'settings_file', 'notebook_command', 'last_step', 'execute_run', 'show_table',
+           'prepare_all', 'chosen', 'changes', 'run_all', 'ending', 'clear_leftovers', 'execute_study']
 
 # %% ../../nbs/study/03_executor.ipynb #ea0218e1
 import json, os, shutil, sys, tempfile, time
@@ -119,7 +119,7 @@ def same_papers(baseline_tokens:Path, tokens:Path, # folders of shards
     last = min(int(np.searchsorted(base, n_tokens)), len(base)-1)
     return round(n_tokens*here[last]/base[last])
 
-# %% ../../nbs/study/03_executor.ipynb #b8768cf7
+# %% ../../nbs/study/03_executor.ipynb #e4be6bea
 def _context(config:RunConfig, prepared:Prepared)->int:
     "The context, scaled to the baseline's bytes where bytes are held equal."
     context = config.batches["context"]
@@ -132,7 +132,6 @@ def _fill(config:RunConfig, tokens:Path, context:int)->float: # share of a row t
     if config.batches["layout"] == "packed": return 1.
     return float(training_papers(tokens)["n_tokens"].clip(1, context+1).mean()-1)/context
 
-# %% ../../nbs/study/03_executor.ipynb #b0230dbf
 def budget(config:RunConfig, prepared:Prepared)->dict: # context, steps, tokens, unique_tokens
     "Context, steps and tokens of a run on what was built."
     t, b, context = config.training, config.batches, _context(config, prepared)
@@ -215,12 +214,13 @@ def recorded(folder:Path): # of the run
         if read_status(folder)["state"] not in ("failed", "stopped"): write_json(Path(folder)/"status.json", {"state": "failed", "outcome": None, "reason": reason})
         raise
 
-# %% ../../nbs/study/03_executor.ipynb #f6e41ec8
+# %% ../../nbs/study/03_executor.ipynb #16584519
 def build(page:Page)->Prepared:
     "Build or find what the run reads; a failure is recorded as the run's."
     clear_run(page.folder)
     with recorded(page.folder): return prepare(page.config, page.settings)
 
+# %% ../../nbs/study/03_executor.ipynb #3ed0e230
 def train(page:Page, prepared:Prepared, on_line=None # called with each line of metrics
          )->dict: # the result
     "Launch the run, follow it, and check that what ran is what was asked for."
@@ -232,7 +232,6 @@ def train(page:Page, prepared:Prepared, on_line=None # called with each line of 
         check_effective(asked, read_json(page.folder/"config.json"), result)
     return result
 
-# %% ../../nbs/study/03_executor.ipynb #abcf061e
 def check_effective(asked:dict, recorded_config:dict, result:dict):
     "Raise StudyError where what ran is not what was asked for."
     if name := disagreement(asked, recorded_config):
@@ -289,6 +288,21 @@ def execute_run(run:Run, config:RunConfig, settings:Settings, on_tick=lambda wor
     if status["state"] not in ("failed", "stopped"): write_json(folder/"status.json", {"state": "failed", "outcome": None, "reason": f"the notebook stopped with exit code {code}; see {folder/'papermill.log'}"})
     return read_status(folder)
 
+# %% ../../nbs/study/03_executor.ipynb #932ae01d
+def show_table(rows:list, # of dicts with equal keys
+               title:str, as_json:bool=False):
+    "Print a table for people, or JSON."
+    from rich.console import Console
+    from rich.table import Table
+    if as_json: return print(json.dumps(rows, ensure_ascii=False, indent=2))
+    table, number = Table(title=title, title_justify="left"), lambda v: isinstance(v, (int, float))
+    for name in rows[0] if rows else (): table.add_column(name, justify="right" if any(number(r[name]) for r in rows) else "left", overflow="fold")
+    for row in rows: table.add_row(*(_cell(v) for v in row.values()))
+    console = Console()
+    Console(width=None if console.is_terminal else 140).print(table)
+
+def _cell(v)->str: return "" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.3f}" if isinstance(v, float) and abs(v) < 10 else f"{v:.1f}" if isinstance(v, float) else str(v)
+
 # %% ../../nbs/study/03_executor.ipynb #4cef26dc
 def prepare_all(configs:dict, # id -> RunConfig
                 settings:Settings, quiet:bool=False)->dict: # id -> reason, of the runs that cannot be prepared
@@ -331,25 +345,7 @@ def changes(settings:Settings, runs:dict, only=None)->list[dict]: # rows of run,
 
 def _text(value): return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
-# %% ../../nbs/study/03_executor.ipynb #3cd7959d
-def execute_study(settings:Settings, only=(), # ids; none for all
-                  failed:bool=False, # repeat the failed ones alone
-                  dry_run:bool=False, seeds:int|None=1, # None: as many as the design gives each run
-                  quiet:bool=False, as_json:bool=False
-                 )->pl.DataFrame: # the table of runs; errors: StudyError where a run failed
-    "Execute the runs that are not done, then write the report."
-    runs = read_runs(runs_folder(settings))
-    asked = chosen(settings, runs, only, failed, seeds)
-    if dry_run: return show_table(changes(settings, runs, only), "what differs from the base", as_json)
-    clear_leftovers(settings)
-    started, say = time.monotonic(), (lambda *words: None) if quiet or as_json else print
-    broken = prepare_all({c.id: c for _, c, _ in asked}, replace(settings), quiet) if asked else {}
-    todo = [(run, c, s) for run, c, s in asked if run.id in broken or not is_done(c, s)]
-    say(f"{len(asked)-len(todo)} of {len(asked)} runs are done, {len(todo)} to do at scale {settings.scale}")
-    run_all(todo, broken, quiet, say)
-    return _finish(settings, runs, select(runs, only), started, say, as_json)
-
-# %% ../../nbs/study/03_executor.ipynb #e96728b6
+# %% ../../nbs/study/03_executor.ipynb #8aad67cc
 def run_all(todo:list, broken:dict, # id -> why its inputs cannot be built
             quiet:bool, say):
     "Execute runs one after the other, and say how each ended."
@@ -369,7 +365,31 @@ def ending(folder:Path, run:Run, seed:int, seconds:float)->str:
     bits = (read_json(folder/"result.json")["heldout"] or {}).get("bits_per_byte")
     return f"{run.id} {status['outcome']}  {'–' if bits is None else format(bits, '.3f')} bits per byte  {duration(seconds)}  ({changed(run)})"
 
-# %% ../../nbs/study/03_executor.ipynb #a00bc36d
+# %% ../../nbs/study/03_executor.ipynb #226cf7a1
+def clear_leftovers(settings:Settings):
+    "Remove what killed processes left half-written in the workspace."
+    for place in ("", "corpus", "tokens"):
+        if (settings.workspace/place).is_dir(): clear_abandoned(settings.workspace/place)
+    for run in (settings.workspace/"runs"/settings.scale).glob("R*/s*"): clear_abandoned(run)
+
+# %% ../../nbs/study/03_executor.ipynb #eceff8c0
+def execute_study(settings:Settings, only=(), # ids; none for all
+                  failed:bool=False, # repeat the failed ones alone
+                  dry_run:bool=False, seeds:int|None=1, # None: as many as the design gives each run
+                  quiet:bool=False, as_json:bool=False
+                 )->pl.DataFrame: # the table of runs; errors: StudyError where a run failed
+    "Execute the runs that are not done, then write the report."
+    runs = read_runs(runs_folder(settings))
+    asked = chosen(settings, runs, only, failed, seeds)
+    if dry_run: return show_table(changes(settings, runs, only), "what differs from the base", as_json)
+    clear_leftovers(settings)
+    started, say = time.monotonic(), (lambda *words: None) if quiet or as_json else print
+    broken = prepare_all({c.id: c for _, c, _ in asked}, replace(settings), quiet) if asked else {}
+    todo = [(run, c, s) for run, c, s in asked if run.id in broken or not is_done(c, s)]
+    say(f"{len(asked)-len(todo)} of {len(asked)} runs are done, {len(todo)} to do at scale {settings.scale}")
+    run_all(todo, broken, quiet, say)
+    return _finish(settings, runs, select(runs, only), started, say, as_json)
+
 def _finish(settings, runs, shown, started, say, as_json)->pl.DataFrame:
     "The report, the table, and an error where a run failed."
     table = table_of_runs(load_results(settings.workspace, settings.scale, runs), shown)
@@ -380,24 +400,3 @@ def _finish(settings, runs, shown, started, say, as_json)->pl.DataFrame:
     lost = [id for id, outcome in table.select("id", "outcome").iter_rows() if {"failed", "running", "stopped"} & set(outcome.split())]
     if lost: raise StudyError(f"{len(lost)} of {len(shown)} runs failed or were stopped ({', '.join(lost)}); read why in the run's notebook under {settings.workspace/'runs'/settings.scale}, and repeat them with --failed")
     return table
-
-def clear_leftovers(settings:Settings):
-    "Remove what killed processes left half-written in the workspace."
-    for place in ("", "corpus", "tokens"):
-        if (settings.workspace/place).is_dir(): clear_abandoned(settings.workspace/place)
-    for run in (settings.workspace/"runs"/settings.scale).glob("R*/s*"): clear_abandoned(run)
-
-# %% ../../nbs/study/03_executor.ipynb #33182e21
-def show_table(rows:list, # of dicts with equal keys
-               title:str, as_json:bool=False):
-    "Print a table for people, or JSON."
-    from rich.console import Console
-    from rich.table import Table
-    if as_json: return print(json.dumps(rows, ensure_ascii=False, indent=2))
-    table, number = Table(title=title, title_justify="left"), lambda v: isinstance(v, (int, float))
-    for name in rows[0] if rows else (): table.add_column(name, justify="right" if any(number(r[name]) for r in rows) else "left", overflow="fold")
-    for row in rows: table.add_row(*(_cell(v) for v in row.values()))
-    console = Console()
-    Console(width=None if console.is_terminal else 140).print(table)
-
-def _cell(v)->str: return "" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.3f}" if isinstance(v, float) and abs(v) < 10 else f"{v:.1f}" if isinstance(v, float) else str(v)
