@@ -7,6 +7,7 @@ from pathlib import Path
 import polars as pl
 
 EARLY = ("metadata", "archive", "latex")
+ALL = [f"R{k:02d}" for k in range(1, 25)]
 
 def read_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -34,9 +35,9 @@ def check_conservation(ledger):
     broken = ledger.filter(pl.col("tex_bytes") + total("added") != pl.col("text_bytes") + total("removed"))
     assert broken.is_empty(), f"bytes are not conserved in {broken['id'].to_list()[:5]}"
 
-def check_runs(workspace):
+def check_runs(workspace, runs=ALL):
     folders = sorted((workspace/"runs"/"smoke").glob("R*/s0"))
-    assert [f.parent.name for f in folders] == [f"R{k:02d}" for k in range(1, 25)], "not all 24 runs are there"
+    assert [f.parent.name for f in folders] == runs, "not all runs are there"
     for f in folders:
         status, result = (json.loads((f/name).read_text()) for name in ("status.json", "result.json"))
         assert status["state"] == "done" and status["outcome"] in ("trained", "diverged"), f"{f}: {status}"
@@ -46,7 +47,7 @@ def check_runs(workspace):
         if status["outcome"] == "trained": assert result["heldout"]["bits_per_byte"] < 8, f"{f}: worse than a coin"
     baseline = json.loads((workspace/"runs"/"smoke"/"R03"/"s0"/"result.json").read_text())
     assert baseline["heldout"]["bits_per_byte"] < baseline["unigram_byte_bits"], "the baseline did not learn more than byte frequencies"
-    assert (workspace/"runs"/"smoke"/"report.html").stat().st_size > 100_000, "there is no report"
+    if runs == ALL: assert (workspace/"runs"/"smoke"/"report.html").stat().st_size > 100_000, "there is no report"
     return baseline
 
 if __name__ == "__main__":
