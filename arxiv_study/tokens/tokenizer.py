@@ -165,13 +165,13 @@ def _take(texts:list, n_bytes:int, limit:int=PAPER_BYTES)->list:
         n_bytes -= len(taken[-1].encode())
     return taken
 
-# %% ../../nbs/tokens/01_tokenizer.ipynb #a0e2aedc
+# %% ../../nbs/tokens/01_tokenizer.ipynb #e375cb61
 def candidates(corpus_dir:Path, seed:int)->pl.DataFrame: # id, domain, group, n_bytes
     "Training papers in the order in which they are sampled: one of each group, then a second, each round in the seed's order."
     papers, columns = scan_papers(corpus_dir), scan_papers(corpus_dir).collect_schema().names()
     papers = papers.filter(pl.col("split") == "train").select("id", "domain", pl.coalesce(*("group", "id") if "group" in columns else ("id",)).alias("group"),
         "n_bytes").collect()
-    if not papers.height: raise StudyError(f"{corpus_dir} has no paper in the training split; give more papers or smaller val and test shares")
+    if not papers.height: raise StudyError(f"{corpus_dir} has no paper in the training split; give more papers, at least eight that are kept")
     if not papers["n_bytes"].sum(): raise StudyError(f"the training papers of {corpus_dir} hold no text; build the corpus again from other papers")
     papers = papers[seed_order(order_keys(papers["id"]), seed)]
     return papers.sort(pl.int_range(pl.len()).over("domain", "group"), maintain_order=True)
