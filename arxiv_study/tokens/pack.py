@@ -19,12 +19,12 @@ from .exchange import fast_tokenizer
 from .indexed import shard_writer, token_dtype
 from .tokenizer import Tokenizer, order_keys, save_tokenizer, scan_papers, seed_order
 
-# %% ../../nbs/tokens/03_pack.ipynb #1402d3ae
+# %% ../../nbs/tokens/03_pack.ipynb #48b94d88
 def packing_list(corpus_dir:Path)->pl.DataFrame: # id, split, domain, n_bytes, formula_density, order_key, shard_index
     "Every paper and its place: sorted by split, domain and the order of seed 0."
     papers = scan_papers(corpus_dir).select("id", "split", "domain", "n_bytes", "formula_density").collect()
     if not (papers["split"] == "train").any():
-        raise StudyError(f"{corpus_dir} has no paper in the training split; give more papers or smaller val and test shares")
+        raise StudyError(f"{corpus_dir} has no paper in the training split; give more papers, at least eight that are kept")
     keys = order_keys(papers["id"])
     papers = papers.with_columns(order_key=pl.Series(keys))[seed_order(keys, 0)].sort("split", "domain", maintain_order=True)
     return papers.with_columns(shard_index=pl.int_range(pl.len(), dtype=pl.UInt32).over("split", "domain"))
