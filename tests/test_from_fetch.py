@@ -78,7 +78,7 @@ def test_too_few_to_study(server_side, tmp_path):
     assert said.returncode == 0, said.stderr
     made = subprocess.run(made_by("study", ARXIV=tmp_path/"data", WORKSPACE=tmp_path/"work"), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert made.returncode == 1 and "Traceback" not in made.stderr
-    assert re.fullmatch(r"arxiv-study: \S+ has no paper in the training split; give more papers or .*", made.stderr.strip().splitlines()[-1])
+    assert re.fullmatch(r"arxiv-study: \S+ has no paper in the training split; give more papers, at least eight that are kept", made.stderr.strip().splitlines()[-1])
     assert not list(tmp_path.glob("work/runs/*/R*"))
 
 
