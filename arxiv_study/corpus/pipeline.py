@@ -580,7 +580,7 @@ def ledger_stretches(index:pl.DataFrame, parts:Path)->Iterator[pl.DataFrame]: # 
         if wrong := check_conservation(ledger): raise StudyError(f"the bytes of {len(wrong)} papers do not balance, {wrong[0]} first; this is a fault of arxiv_study, please report it")
         yield ledger
 
-# %% ../../nbs/corpus/13_pipeline.ipynb #69cc586d
+# %% ../../nbs/corpus/13_pipeline.ipynb #c0c1a49b
 _not_readable = [r.value for r, i in REASONS.items() if i.stage in (Stage.metadata, Stage.archive) and r not in (Reason.archive_oddity, Reason.processing_failed, Reason.worker_lost)]
 
 def splits_of(index:pl.DataFrame, groups:dict, config:CorpusConfig)->tuple[dict,list[str]]:
@@ -588,10 +588,14 @@ def splits_of(index:pl.DataFrame, groups:dict, config:CorpusConfig)->tuple[dict,
     readable = index.filter(~pl.col("reason").cast(pl.String).is_in(_not_readable).fill_null(False))
     splits = assign_splits(dict(readable.select("id", pl.col("domain").cast(pl.String).fill_null("other")).iter_rows()), groups, config)
     kept, warnings = index.filter(pl.col("fate") == "kept").with_columns(pl.col("domain").cast(pl.String)), []
-    for domain, ids in kept.group_by("domain").agg("id").sort("domain").iter_rows():
+    domains = kept.group_by("domain").agg("id").sort("domain").rows()
+    largest = max((len(ids) for _, ids in domains), default=0)
+    for domain, ids in domains:
         counts = Counter(splits[i] for i in ids)
-        if len(ids) < MIN_DOMAIN: warnings.append(f"domain {domain} has {len(ids)} papers, fewer than {MIN_DOMAIN}: it is split together with the largest domain")
-        elif min(counts["val"], counts["test"]) < 2: warnings.append(f"domain {domain} has {counts['val']} papers in val and {counts['test']} in test, fewer than 2: take more papers, or smaller groups")
+        if len(ids) < MIN_DOMAIN:
+            remedy = "take more papers" if len(ids) == largest else "it is split together with the largest domain"
+            warnings.append(f"domain {domain} has {len(ids)} paper{'s'*(len(ids) != 1)}, fewer than {MIN_DOMAIN}: {remedy}")
+        elif min(counts["val"], counts["test"]) < 2: warnings.append(f"domain {domain} has few papers: {counts['val']} in val, {counts['test']} in test, each should be 2 or more: take more papers, or smaller groups")
     return splits, warnings
 
 # %% ../../nbs/corpus/13_pipeline.ipynb #14648fa8
