@@ -5,6 +5,7 @@ left beside it and no process left over; what the planted truth says of each pap
 read every second. Summary and memory are written to runs/results/rehearsal."""
 import argparse, hashlib, os, random, select, shutil, signal, subprocess, sys, tempfile, threading, time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 import numpy as np
 import polars as pl
@@ -131,8 +132,11 @@ def digests(corpus):
     return {str(p.relative_to(corpus)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(corpus.rglob("*.parquet"))}
 
 def notes(folder):
-    "The notes of tars that are done, and when they were written."
-    return {p.name: p.stat().st_mtime_ns for p in folder.glob("corpus.working-*/parts/*-done-*")}
+    "The notes of tars that are done, and when they were written; of a build that goes on, so that one may be gone again."
+    found = {}
+    for path in folder.glob("corpus.working-*/parts/[0-9]*-done-*.json"): # not those half written, which begin with a dot
+        with suppress(FileNotFoundError): found[path.name] = path.stat().st_mtime_ns
+    return found
 
 def against_truth(arxiv, corpus):
     "What of a corpus is not as it was planted: each paper has one row, with the fate and the reason that the truth names."
@@ -203,7 +207,7 @@ def disk_full(soak):
 
 def with_damage(soak, kind):
     "A build with a damaged tar among those that are still to be read; then the tar is mended."
-    done = {read_json(p)["name"] for p in soak.folder.glob("corpus.working-*/parts/*-done-*")}
+    done = {read_json(p)["name"] for p in soak.folder.glob("corpus.working-*/parts/[0-9]*-done-*.json")}
     left = [t for t in sorted((soak.arxiv/"src").glob("*.tar")) if t.name not in done]
     if not left: return None
     mend = damaged(tar := soak.rng.choice(left), kind, soak.rng)

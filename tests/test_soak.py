@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 from arxiv_study.corpus.miniature import write_miniature
 from arxiv_study.corpus.pipeline import build_corpus
-from benchmarks.soak import FAULTS, against_reference, against_truth, damaged, digests, growth, is_flat, memory_told, slope, soak
+from benchmarks.soak import against_reference, against_truth, damaged, digests, growth, is_flat, memory_told, notes, slope, soak
 
 
 @pytest.mark.slow
@@ -62,6 +62,11 @@ def test_damage_is_mended(tmp_path):
         assert whole.startswith(now) and now != whole if kind == "truncated tar" else sum(a != b for a, b in zip(now, whole, strict=True)) == 1
         mend()
         assert tar.read_bytes() == whole
+
+def test_a_note_that_is_half_written_does_not_count(tmp_path):
+    (parts := tmp_path/"corpus.working-1"/"parts").mkdir(parents=True)
+    for name in ("000001-done-0000.json", ".000002-done-0000.json.7-abc.part", "000002-text-0000.parquet"): (parts/name).touch()
+    assert list(notes(tmp_path)) == ["000001-done-0000.json"]
 
 def memory_of(mb_a_minute, growth_a_build):
     "Two workers that begin at 100 and 300 MB, load for half a minute and then grow; a builder that grows from build to build."
