@@ -147,10 +147,10 @@ def against_truth(arxiv, corpus):
     wrong += [f"{id}: {reason} was planted, the ledger says {found.get(id, 'nothing')}" for id, reason in planted.items() if found.get(id, "nothing") != reason]
     return wrong + [f"{id}: bytes do not balance" for id in check_conservation(open_ledger(corpus))]
 
-def against_reference(folder, expected):
-    "What is wrong with a finished build and what lies beside it."
+def against_reference(folder, expected, is_tidy=True):
+    "What is wrong with a finished build and, where it could tidy up, with what lies beside it."
     wrong = [] if digests(folder/"corpus") == expected else ["the corpus differs from that of an uninterrupted build"]
-    beside = [p.name for p in folder.iterdir() if p.name != "corpus"] + [p.name for p in folder.rglob(".*.part")]
+    beside = [p.name for p in folder.iterdir() if is_tidy and p.name != "corpus"] + [p.name for p in (folder/"corpus").rglob(".*.part")]
     manifest = read_json(folder/"corpus"/"manifest.json")
     return wrong + [f"{name} is left over" for name in beside] + [f"the manifest lists {kind}" for kind in ("failures", "damaged_tars", "set_aside") if manifest[kind]]
 
@@ -162,7 +162,7 @@ class Soak:
     def __init__(self, arxiv, folder, expected, reference_s, rng):
         self.arxiv, self.folder, self.expected, self.rng, self.n_tars = arxiv, folder, expected, rng, len(list((arxiv/"src").glob("*.tar")))
         self.tar_s = 2*reference_s/self.n_tars # of each of two workers
-        self.faults, self.wrong, self.builds, self.resumed, self.memory = Counter(), [], 0, 0, Memory()
+        self.faults, self.wrong, self.builds, self.resumed, self.is_tidy, self.memory = Counter(), [], 0, 0, True, Memory()
 
     def open(self):
         "The builder, a new one where there is none."
@@ -189,10 +189,11 @@ def killed(soak, kind):
     moment(soak, builder)
     if kind == "worker": until(lambda: builder.workers() or builder.is_heard())
     answer = builder.answer(0)
-    if answer is None and strike(builder, kind, soak.rng): soak.faults[kind] += 1
+    struck = answer is None and strike(builder, kind, soak.rng)
+    soak.faults[kind] += struck
     if answer is None: answer = builder.answer()
     soak.says(f"{kind} struck, and the build says {answer!r}", answer == "built" or kind != "worker" and answer == "")
-    if not answer: soak.close(builder)
+    if not answer or struck and kind != "worker": soak.close(builder) # it may have said that all is built as it was killed
     return answer
 
 def disk_full(soak):
@@ -222,7 +223,8 @@ def fault(soak, kind):
     "One fault; whether the corpus is finished nevertheless."
     before = notes(soak.folder)
     answer = disk_full(soak) if kind == "full disk" else with_damage(soak, kind) if kind in ("truncated tar", "flipped byte") else killed(soak, kind)
-    if answer == "built": return True
+    soak.is_tidy = answer == "built"
+    if answer == "built" or (soak.folder/"corpus").exists(): return True # killed when the corpus was there, and before it could tidy up
     after = notes(soak.folder)
     soak.says(f"{kind}: a tar that was done is done again", all(after.get(name) == when for name, when in before.items()))
     soak.resumed += len(after)
@@ -233,14 +235,14 @@ def build(soak, kinds):
     any(fault(soak, kind) for kind in kinds) # one that is stopped too late is finished before the others
     if not (soak.folder/"corpus").exists(): return soak.says(f"no corpus after {', '.join(kinds)}", False)
     soak.says("a finished build has workers left", soak.memory.builder is None or until(lambda: not soak.memory.builder.workers()))
-    soak.wrong += against_reference(soak.folder, soak.expected)
+    soak.wrong += against_reference(soak.folder, soak.expected, soak.is_tidy)
     shutil.rmtree(soak.folder/"corpus")
     soak.builds, soak.memory.build = soak.builds + 1, soak.memory.build + 1
     print(f"build {soak.builds}: {', '.join(kinds)}; in all {dict(soak.faults)}; {soak.wrong or 'all as it should be'}", flush=True)
 
-def drawn(rng):
-    "Five to ten faults that end a build, in any order, and the loss of a worker, which does not."
-    return [*rng.sample(FAULTS[1:]*2, rng.randint(5, 10)), "worker"]
+def drawn(rng, n_builds):
+    "Every third build only loses a worker, which it outlives; the others have five to ten faults that end them, in any order, and at last lose a worker, if any is left."
+    return ["worker"] if n_builds%3 == 0 else [*rng.sample(FAULTS[1:]*2, rng.randint(5, 10)), "worker"]
 
 def soak(place, papers=10_000, minutes=30., seed=0, papers_per_tar=100):
     "The whole soak in a folder that exists: its summary, and memory over time."
@@ -253,7 +255,7 @@ def soak(place, papers=10_000, minutes=30., seed=0, papers_per_tar=100):
     run = Soak(arxiv, folder, digests(reference), reference_s, rng)
     run.wrong += against_truth(arxiv, reference)
     run.memory.start()
-    while time.monotonic() - start < 60*minutes: build(run, drawn(rng))
+    while time.monotonic() - start < 60*minutes: build(run, drawn(rng, run.builds))
     run.memory.ended.set()
     if last := run.memory.builder: last.end(), run.close(last)
     memory = run.memory.table().filter(pl.col("build") <= run.builds) # not what came after the last one

@@ -46,6 +46,7 @@ def test_what_is_left_over_and_what_differs_is_noticed(miniature):
     path.touch()
     (builds/"corpus.working-1").mkdir()
     assert against_reference(builds, expected) == ["corpus.working-1 is left over", f"{path.name} is left over"]
+    assert against_reference(builds, expected, is_tidy=False) == [f"{path.name} is left over"]
     path.unlink(), (builds/"corpus.working-1").rmdir()
     assert against_reference(builds, expected | {"text/part-000.parquet": ""}) == ["the corpus differs from that of an uninterrupted build"]
     manifest = builds/"corpus"/"manifest.json"
