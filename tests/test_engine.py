@@ -26,7 +26,7 @@ def areas(folder): return sorted(folder.glob("corpus.working-*"))
 
 def notes(folder):
     "The notes of tars that are done, and when they were written."
-    return {p.name: p.stat().st_mtime_ns for a in areas(folder) for p in a.glob("parts/*-done-*")}
+    return {p.name: p.stat().st_mtime_ns for a in areas(folder) for p in a.glob("parts/[0-9]*-done-*.json")} # whole ones: half-written ones begin with a dot and end in .part
 
 def write_tar(path, payloads):
     "A bulk tar of (name, text) pairs, in this order."
