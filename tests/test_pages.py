@@ -2,7 +2,7 @@
 
 VIEWS=1 looks at each page in one of the four views, by turns, which takes a third of the time.
 """
-import os
+import os, re
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -76,6 +76,9 @@ PLACES = """n => { const figure = document.querySelectorAll('figure.plot')[n], p
     for (const e of figure.querySelectorAll('.sankey-node rect, .slice path, .heatmaplayer image')) { const r = e.getBoundingClientRect(); places.push([r.x + r.width / 2, r.y + r.height / 2]) }
     done(places.slice(0, 12)) }, 50)) }"""
 HOVERED = "n => document.querySelectorAll('figure.plot')[n].querySelectorAll('.hoverlayer .hovertext, .hoverlayer .axistext, .hoverlayer .legend').length > 0"
+# what a figure shows: its title, and of each curve whether it is there and where it lies
+SHOWN = """n => { const p = document.querySelectorAll('figure.plot')[n].querySelector('.js-plotly-plot');
+  return JSON.stringify([p._fullLayout.title.text, p._fullData.map(t => [t.visible, Array.from(t.x ?? []).slice(0, 50), Array.from(t.y ?? []).slice(0, 50), t.node?.label])]) }"""
 UNNAMED = """[...document.querySelectorAll('figure.plot')].filter(f => !(f.getAttribute('aria-label') || '').trim().endsWith('.') || !f.querySelector('details summary')
   || !f.querySelector('.gtitle, .g-gtitle text')?.textContent.trim()).map(f => f.getAttribute('aria-label') || 'a figure without a sentence')"""
 
@@ -127,6 +130,24 @@ def answers(page, n:int, x:float, y:float)->bool:
     finally: page.mouse.move(0, 0)
     return True
 
+def drag_slider(page, figure)->bool:
+    "Move a figure's slider to nine tenths, if it has one."
+    rail = figure.locator(".slider-rail-touch-rect")
+    if not rail.count(): return False
+    rail.first.scroll_into_view_if_needed()
+    box = rail.first.bounding_box()
+    page.mouse.move(box["x"] + .1*box["width"], box["y"] + box["height"]/2), page.mouse.down(), page.mouse.move(box["x"] + .9*box["width"], box["y"] + box["height"]/2, steps=3), page.mouse.up()
+    return True
+
+def choose_last(page, figure)->bool:
+    "Choose the last entry of a figure's menu, if it has one."
+    header = figure.locator(".updatemenu-header")
+    if not header.count(): return False
+    header.first.scroll_into_view_if_needed()
+    header.first.click()
+    figure.locator(".updatemenu-dropdown-button").last.click()
+    return True
+
 class TestInChromium:
     pytestmark = in_chromium
 
@@ -151,6 +172,18 @@ class TestInChromium:
         for n in range(page.evaluate(FIGURES)):
             if not any(answers(page, n, *place) for place in page.evaluate(PLACES, n)): silent.append(n)
         assert not silent
+
+    @pytest.mark.parametrize("name", [p for p in PAGES if re.search(r'"(sliders|updatemenus)"', (SITE/p).read_text(encoding="utf-8"))])
+    def test_sliders_and_menus_change_what_is_shown(self, name, views):
+        page, idle = views["light", 1280], []
+        show(page, name)
+        for n in range(page.evaluate(FIGURES)):
+            for control in (drag_slider, choose_last):
+                before = page.evaluate(SHOWN, n)
+                if not control(page, page.locator("figure.plot").nth(n)): continue
+                try: page.wait_for_function(f"([n, before]) => ({SHOWN})(n) !== before", arg=[n, before], timeout=3000)
+                except TimeoutError: idle.append((n, control.__name__))
+        assert not idle
 
     @pytest.mark.parametrize("wanted, page_name", [("flatten", "corpus/latex.html"), ("gradient noise", "model/noise"), ("Muennighoff", "study/scaling.html"), ("ZeRO", "model/")])
     def test_search_finds(self, wanted, page_name, views):
