@@ -151,13 +151,13 @@ def _watched(client, engine:str, every_s:float=5.):
         over.set()
         thread.join(1)
 
-# %% ../nbs/03_workers.ipynb #2470fca8
+# %% ../nbs/03_workers.ipynb #664257ee
 @contextmanager
 def dask_pool(engine:str, # dask://HOST:PORT
               shared:Path): # folder that all workers must see
     "Something like `process_pool`, on a cluster: its workers are there already, however many are asked for."
     client = _dask_client(engine) # its import sets the levels of its logs
-    with _silent("distributed", "distributed.client"), client, _watched(client, engine):
+    with _silent("distributed", "distributed.client", "tornado.application", "asyncio"), client, _watched(client, engine):
         _check_workers(client, engine, shared)
         @contextmanager
         def pool(n_workers): yield client.get_executor(pure=False) # pure: Dask would answer a repeated task from memory
