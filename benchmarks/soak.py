@@ -18,7 +18,7 @@ from arxiv_study.storage import read_json, read_jsonl, write_json
 KEPT = Path(__file__).parents[1]/"runs"/"results"/"rehearsal"
 FAULTS = ("worker", "parent", "group", "full disk", "truncated tar", "flipped byte")
 MOST_MB_A_MINUTE, MOST_GROWTH = 1., .1 # of a worker; of the highest memory of builders and of workers, from the earlier half of the builds to the later one
-YOUNG_S = 30 # a process still loads what it needs
+YOUNG_S, FEWEST_OLD = 60, 60 # seconds in which a process still loads what it needs; samples of older ones without which there is no slope
 
 BUILDER = """
 import resource, sys
@@ -111,7 +111,7 @@ def slope(memory):
     "Megabytes a minute that a process grows by once it is no longer young: one slope for all of them, each about its own mean; None where none grows old."
     own = lambda column: pl.col(column) - pl.col(column).mean().over("pid")
     old = memory.filter(pl.col("s") - pl.col("s").min().over("pid") > YOUNG_S).select(s=own("s"), mb=own("mb"))
-    return round(float((old["s"]*old["mb"]).sum()/(old["s"]**2).sum()*60), 3) if len(old) > 2 else None
+    return round(float((old["s"]*old["mb"]).sum()/(old["s"]**2).sum()*60), 3) if len(old) > FEWEST_OLD else None
 
 def growth(memory):
     "How much higher memory got in the later half of the builds than in the earlier one, as a share."
