@@ -266,7 +266,7 @@ def soak(place, papers=10_000, minutes=30., seed=0, papers_per_tar=100):
 
 def is_flat(told):
     "Whether memory stays within what is asked; of a builder the slope means little, for it assembles at the end of each build."
-    return (told["memory"]["worker"]["mb_a_minute"] or 0) < MOST_MB_A_MINUTE and all(m["growth"] < MOST_GROWTH for m in told["memory"].values())
+    return (told["memory"].get("worker", {}).get("mb_a_minute") or 0) < MOST_MB_A_MINUTE and all(m["growth"] < MOST_GROWTH for m in told["memory"].values())
 
 def show(told):
     "The summary as a table."
