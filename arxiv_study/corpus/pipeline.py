@@ -42,7 +42,7 @@ from ..settings import StudyError
 from ..storage import clear_abandoned, file_sha256, fingerprint, read_json, whole_file, whole_folder, write_json
 from ..workers import only_builder, pools_by, run_tasks
 
-# %% ../../nbs/corpus/13_pipeline.ipynb #9e0603ca
+# %% ../../nbs/corpus/13_pipeline.ipynb #ec3f26fe
 @dataclass(frozen=True)
 class CorpusConfig:
     "What a corpus is made by."
@@ -81,8 +81,7 @@ class CorpusConfig:
     benchmarks: tuple = () # files whose passages must not be learned
     benchmark_policy: str = "drop" # or report: only list what was found
     benchmark_words: int = ContaminationRules.n # words in a run
-    val_share: float = 0.05; test_share: float = 0.05 # of the papers of a domain
-    seed: int = 0 # of the splits
+    val_share: float = 0.05; test_share: float = 0.05; seed: int = 0 # splits: shares of the papers of a domain, and what draws them
 
 # %% ../../nbs/corpus/13_pipeline.ipynb #bf4aa0c6
 def rules_of(kind:type, # such as LatexRules
