@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMALLEST_EFFECT', 'CONTRASTS', 'SUPPORTED', 'NOT_SUPPORTED', 'CANNOT_TELL', 'FEWEST_EVENTS', 'RATE_RATIO', 'Contrast',
-           'Noise', 'additive_noise', 'Difference', 'spreads_differ', 'paired_difference', 'mean_interval',
-           'holm_levels', 'verdict', 'Judged', 'judge_contrasts', 'bootstrap_share', 'threshold_verdict',
-           'rate_verdict']
+           'Noise', 'additive_noise', 'Difference', 'spreads_differ', 'differences', 'paired_difference',
+           'mean_interval', 'holm_levels', 'verdict', 'Judged', 'judge_contrasts', 'bootstrap_share',
+           'threshold_verdict', 'rate_verdict']
 
 # %% ../../nbs/study/04_statistics.ipynb #b9c864c6
 import math
@@ -53,7 +53,7 @@ def additive_noise(losses:pl.DataFrame # run, seed, bits_per_byte; one model siz
     share = {n: np.array([r == n for r in runs]) for n in names}
     return Noise(float(np.sqrt(residual@residual/df)), df, {n: float(np.sqrt((residual[k]**2).mean()*len(y)/df)) for n, k in share.items()})
 
-# %% ../../nbs/study/04_statistics.ipynb #6ae98daa
+# %% ../../nbs/study/04_statistics.ipynb #fdc11dc5
 @dataclass(frozen=True)
 class Difference:
     "A mean paired difference; without noise to judge it by, `se` is None."
@@ -74,14 +74,20 @@ def spreads_differ(a:float, b:float, # standard deviations over n seeds each
     small, large = sorted((a, b))
     return n >= 3 and large > 2*small and 2*float(fdtrc(n-1, n-1, (large/max(small, 1e-12))**2)) < .05
 
+def differences(losses:pl.DataFrame, # run, seed, bits_per_byte
+                run:str, against:str)->np.ndarray: # one of each common seed, by seed
+    "run - against, pair by pair."
+    of = lambda r: losses.filter(pl.col("run") == r).select("seed", "bits_per_byte")
+    pairs = of(run).join(of(against), on="seed", suffix="_against").sort("seed")
+    return (pairs["bits_per_byte"]-pairs["bits_per_byte_against"]).to_numpy()
+
 def paired_difference(losses:pl.DataFrame, # run, seed, bits_per_byte
                       run:str, against:str, noise:Noise|None)->Difference|None: # None where no seed is common
     "The mean of run - against over common seeds."
-    of = lambda r: losses.filter(pl.col("run") == r).select("seed", "bits_per_byte")
-    pairs = of(run).join(of(against), on="seed", suffix="_against")
-    n = pairs.height
+    each = differences(losses, run, against)
+    n = len(each)
     if not n: return None
-    mean = float((pairs["bits_per_byte"]-pairs["bits_per_byte_against"]).mean())
+    mean = float(each.mean())
     if noise is None: return Difference(mean, None, 0, n)
     a, b = noise.spread[run], noise.spread[against]
     if not spreads_differ(a, b, n): return Difference(mean, noise.sd*math.sqrt(2/n), noise.df, n)
@@ -114,7 +120,7 @@ def verdict(effect:float|None, interval:tuple|None, # in the claimed direction
     if interval[0] > 0 and effect >= smallest: return SUPPORTED
     return NOT_SUPPORTED if interval[1] < smallest else CANNOT_TELL
 
-# %% ../../nbs/study/04_statistics.ipynb #d6da74f7
+# %% ../../nbs/study/04_statistics.ipynb #3e786b14
 @dataclass(frozen=True)
 class Judged:
     "A contrast with its difference and verdict, all in the claimed direction."
@@ -124,6 +130,7 @@ class Judged:
     high: float|None
     n_seeds: int
     verdict: str
+    pairs: tuple = () # the difference of each seed: what a reader may look at, and no rule does
 
 def judge_contrasts(losses:pl.DataFrame, # run, seed, size, bits_per_byte
                     contrasts=CONTRASTS)->list[Judged]:
@@ -132,14 +139,14 @@ def judge_contrasts(losses:pl.DataFrame, # run, seed, size, bits_per_byte
     size_of = dict(losses.select("run", "size").unique().iter_rows())
     found = [paired_difference(losses, c.run, c.against, noise.get(size_of.get(c.run))) for c in contrasts]
     levels = holm_levels([d and d.p for d in found])
-    return [_judged(c, d, level) for c, d, level in zip(contrasts, found, levels)]
+    return [_judged(c, d, level, tuple(c.direction*differences(losses, c.run, c.against))) for c, d, level in zip(contrasts, found, levels)]
 
-def _judged(c:Contrast, d:Difference|None, level:float)->Judged:
+def _judged(c:Contrast, d:Difference|None, level:float, pairs:tuple)->Judged:
     "One contrast in its claimed direction."
     if d is None: return Judged(c, None, None, None, 0, CANNOT_TELL)
     interval = d.interval(level)
     ends = sorted(c.direction*x for x in interval) if interval else (None, None)
-    return Judged(c, c.direction*d.mean, *ends, d.n_seeds, verdict(c.direction*d.mean, ends if interval else None))
+    return Judged(c, c.direction*d.mean, *ends, d.n_seeds, verdict(c.direction*d.mean, ends if interval else None), pairs)
 
 # %% ../../nbs/study/04_statistics.ipynb #a4ab7df8
 def bootstrap_share(part:np.ndarray, whole:np.ndarray, # [groups]: numerator and denominator of each group
