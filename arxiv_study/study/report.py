@@ -10,7 +10,7 @@ __all__ = ['TABLES', 'LIMITS', 'STYLE', 'SCRIPT', 'PLANNED', 'REPORT_PARAMETERS'
            'noise_table', 'on_the_way_html', 'scaling_html', 'infrastructure_html', 'sections', 'page_html',
            'evidence_of', 'write_report', 'settings_of', 'open_evidence', 'open_family']
 
-# %% ../../nbs/study/12_report.ipynb #18b27e42
+# %% ../../nbs/study/12_report.ipynb #c2027786
 import html, json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..storage import whole_file
 from .convergence import SETTLED, convergence_table, noise_ratio, sooner
 from .executor import execute_study
 from .figures import PARTS, clock_rows, clocks_figure, data_figure, drawn_curves, infrastructure_figure, knee, law_figure, law_rows, optimisation_figure, points_figure, preprocessing_figure, size_figure, throttle_figure, throttle_rows, tokenizer_figure
-from .findings import Evidence, contrasts, findings, gather, limits
+from .findings import Evidence, contrasts, findings, gather, JUDGED_RUNS, limits
 from .kept import keep, kept_evidence
 from .notebook import table_html
 from .results import run_folder, table_of_runs
@@ -65,16 +65,16 @@ def shown(evidence:Evidence, runs:dict)->list[Shown]:
     "The six family figures."
     return [Shown(family, family_figure(evidence, runs, family), family_rows(evidence, runs, family)) for family in FAMILIES]
 
-# %% ../../nbs/study/12_report.ipynb #f756f581
+# %% ../../nbs/study/12_report.ipynb #11d0ddc5
 def finding_rows(evidence:Evidence)->list:
     "Beside each statement of the paper: what this scale shows, and the verdict."
     return [{"finding": f.name, "the paper says": f.paper, "here": f.here, "verdict": f.verdict, "because": f.why, "rule": f.rule, "repeat": f"arxiv-study study --scale {evidence.scale} --only {f.runs}"} for f in findings(evidence)]
 
 def contrast_rows(evidence:Evidence)->list:
-    "The nine contrasts with their intervals; with one seed there are none."
-    stop = "; ".join(limits(evidence))
+    "The nine contrasts with their intervals and the pairs they are means of; none is judged by fewer than three."
+    pairs = lambda j: ", ".join(f"{x:+.3f}".replace("-", "−") for x in j.pairs)
     return [{"contrast": f"{j.contrast.run} − {j.contrast.against}", "claim": j.contrast.claim, "effect as claimed, bits per byte": j.effect, "low": j.low, "high": j.high, "seeds": j.n_seeds,
-             "verdict": "cannot tell at this scale" if stop else j.verdict} for j in contrasts(evidence)]
+             "seed by seed": pairs(j), "verdict": "cannot tell at this scale" if limits(evidence, (j.contrast.run, j.contrast.against)) else j.verdict} for j in contrasts(evidence)]
 
 # %% ../../nbs/study/12_report.ipynb #845cb138
 def learned_words(evidence:Evidence)->str: # empty where something is missing
@@ -93,7 +93,7 @@ def cost_rows(evidence:Evidence, runs:dict)->list:
     r = evidence.results.join(families, on="run", how="left").filter(pl.col("total_s").is_not_null()).group_by("family").agg(runs=pl.len(), tokens=pl.col("tokens").sum(), seconds=pl.col("total_s").sum(), flops=pl.col("flops").sum())
     return r.sort(pl.col("family").replace_strict({f: k for k, f in enumerate(FAMILIES)}, default=9)).to_dicts()
 
-# %% ../../nbs/study/12_report.ipynb #7d9a81ed
+# %% ../../nbs/study/12_report.ipynb #47171a8e
 LIMITS = ("One corpus, one machine, one optimiser. Nothing here speaks of models a thousand times larger.",
           "Losses are compared on the same held-out bytes; a difference below 0.05 bits per byte is treated as none.",
           "Seconds are those of a shared machine: only shares within one run are compared.",
@@ -103,7 +103,7 @@ def limit_lines(evidence:Evidence, runs:dict)->list[str]:
     "What a reader must not conclude, and what is missing."
     done = set(evidence.results.filter(pl.col("state") == "done")["run"])
     lost = [i for i in sorted(runs) if i not in done]
-    said = [f"Limit of this scale: {l}." for l in limits(evidence)]
+    said = [f"Limit of this scale: {l}." for l in limits(evidence, JUDGED_RUNS)]
     return said + list(LIMITS) + ([f"Without a result: {', '.join(lost)}."] if lost else [])
 
 # %% ../../nbs/study/12_report.ipynb #fbf6d945
@@ -297,12 +297,13 @@ def sections(evidence:Evidence, runs:dict)->list[tuple]: # (id, title, HTML)
             ("contrasts", "Nine contrasts", scrolled(contrast_rows(evidence), "Contrasts", "Effects are positive in the claimed direction; intervals by Holm over all nine") if contrast_rows(evidence) else "<p>No run has a loss yet.</p>"),
             ("costs", "Costs", scrolled(cost_rows(evidence, runs), "Costs", "Training processes by family")), ("limits", "Limits", lists), ("repeat", "How to repeat it", repeat_html(evidence))]
 
-# %% ../../nbs/study/12_report.ipynb #1f6abfda
+# %% ../../nbs/study/12_report.ipynb #1231652d
 def page_html(evidence:Evidence, runs:dict)->str:
     "The whole report."
     parts = sections(evidence, runs)
-    stops = limits(evidence)
-    banner = f'<p class="limit"><strong>No verdict can be passed here.</strong> {html.escape("; ".join(stops).capitalize())}.</p>' if stops else ""
+    stops = limits(evidence, JUDGED_RUNS)
+    head = "No verdict can be passed here." if limits(evidence) else "Some verdicts wait for more seeds."
+    banner = f'<p class="limit"><strong>{head}</strong> {html.escape("; ".join(stops).capitalize())}.</p>' if stops else ""
     links = " · ".join(f'<a href="#{key}">{title}</a>' for key, title, _ in parts)
     body = "".join(f'<section id="{key}" aria-label="{title}"><h2>{title}</h2>{content}</section>' for key, title, content in parts)
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>The study at {evidence.scale} scale</title><style>{STYLE}</style></head>'
