@@ -297,13 +297,13 @@ def sections(evidence:Evidence, runs:dict)->list[tuple]: # (id, title, HTML)
             ("contrasts", "Nine contrasts", scrolled(contrast_rows(evidence), "Contrasts", "Effects are positive in the claimed direction; intervals by Holm over all nine") if contrast_rows(evidence) else "<p>No run has a loss yet.</p>"),
             ("costs", "Costs", scrolled(cost_rows(evidence, runs), "Costs", "Training processes by family")), ("limits", "Limits", lists), ("repeat", "How to repeat it", repeat_html(evidence))]
 
-# %% ../../nbs/study/12_report.ipynb #1231652d
+# %% ../../nbs/study/12_report.ipynb #ae95943b
 def page_html(evidence:Evidence, runs:dict)->str:
     "The whole report."
     parts = sections(evidence, runs)
     stops = limits(evidence, JUDGED_RUNS)
-    head = "No verdict can be passed here." if limits(evidence) else "Some verdicts wait for more seeds."
-    banner = f'<p class="limit"><strong>{head}</strong> {html.escape("; ".join(stops).capitalize())}.</p>' if stops else ""
+    head = "No verdict can be passed here:" if limits(evidence) else "Some verdicts wait for more seeds:"
+    banner = f'<p class="limit"><strong>{head}</strong> {html.escape("; ".join(stops))}.</p>' if stops else ""
     links = " · ".join(f'<a href="#{key}">{title}</a>' for key, title, _ in parts)
     body = "".join(f'<section id="{key}" aria-label="{title}"><h2>{title}</h2>{content}</section>' for key, title, content in parts)
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>The study at {evidence.scale} scale</title><style>{STYLE}</style></head>'
