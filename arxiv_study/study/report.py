@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'LIMITS', 'STYLE', 'SCRIPT', 'PLANNED', 'REPORT_PARAMETERS', 'Shown', 'family_rows', 'family_figure',
-           'shown', 'finding_rows', 'contrast_rows', 'learned_words', 'cost_rows', 'limit_lines', 'method_figure',
-           'method_words', 'figure_html', 'scrolled', 'finding_html', 'repeat_html', 'study_points', 'scaling_words',
-           'valley_rows', 'repeats_words', 'share_rows', 'extrapolation_rows', 'extrapolation_words', 'sooner_rows',
-           'noise_table', 'on_the_way_html', 'scaling_html', 'infrastructure_html', 'sections', 'page_html',
-           'evidence_of', 'write_report', 'settings_of', 'open_evidence', 'open_family']
+           'shown', 'finding_rows', 'contrast_rows', 'learned_words', 'cost_rows', 'pair_lines', 'limit_lines',
+           'method_figure', 'method_words', 'figure_html', 'scrolled', 'finding_html', 'repeat_html', 'study_points',
+           'scaling_words', 'valley_rows', 'repeats_words', 'share_rows', 'extrapolation_rows', 'extrapolation_words',
+           'sooner_rows', 'noise_table', 'on_the_way_html', 'scaling_html', 'infrastructure_html', 'sections',
+           'page_html', 'evidence_of', 'write_report', 'settings_of', 'open_evidence', 'open_family']
 
-# %% ../../nbs/study/12_report.ipynb #c2027786
+# %% ../../nbs/study/12_report.ipynb #b33bbf03
 import html, json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from .notebook import table_html
 from .results import run_folder, table_of_runs
 from .runs import FAMILIES, read_runs, runs_folder
 from .scaling import EPOCH, MUENNIGHOFF, PAPER, compute_optimal, fit_answer, fresh_equivalent, iso_flop_valley, repeats_worth
+from .statistics import CANNOT_TELL, mean_interval
 
 # %% ../../nbs/study/12_report.ipynb #de2528cd
 @dataclass(frozen=True)
@@ -93,18 +94,28 @@ def cost_rows(evidence:Evidence, runs:dict)->list:
     r = evidence.results.join(families, on="run", how="left").filter(pl.col("total_s").is_not_null()).group_by("family").agg(runs=pl.len(), tokens=pl.col("tokens").sum(), seconds=pl.col("total_s").sum(), flops=pl.col("flops").sum())
     return r.sort(pl.col("family").replace_strict({f: k for k, f in enumerate(FAMILIES)}, default=9)).to_dicts()
 
-# %% ../../nbs/study/12_report.ipynb #47171a8e
+# %% ../../nbs/study/12_report.ipynb #e190b294
 LIMITS = ("One corpus, one machine, one optimiser. Nothing here speaks of models a thousand times larger.",
           "Losses are compared on the same held-out bytes; a difference below 0.05 bits per byte is treated as none.",
           "Seconds are those of a shared machine: only shares within one run are compared.",
           "The gradient-noise scale is estimated from two micro-batches a step; it is compared between runs at equal loss, and its absolute size is uncertain.")
+
+def pair_lines(judged:list)->list[str]: # of `contrasts`
+    "What undecided contrasts would say by their own pairs, which the rule fixed beforehand does not use."
+    out = []
+    for j in judged:
+        mean, low, high = mean_interval(j.pairs)
+        if j.verdict != CANNOT_TELL or low is None or low <= 0 <= high: continue
+        out.append(f"Noise is pooled over all runs of a size, as was fixed before any was made. By its own {j.n_seeds} pairs alone, and not counting that nine were tried, {j.contrast.run} − {j.contrast.against} would be "
+                   f"{mean:+.3f} [{low:+.3f}, {high:+.3f}] as claimed: a hint to follow with more seeds, no verdict.".replace("-", "−"))
+    return out
 
 def limit_lines(evidence:Evidence, runs:dict)->list[str]:
     "What a reader must not conclude, and what is missing."
     done = set(evidence.results.filter(pl.col("state") == "done")["run"])
     lost = [i for i in sorted(runs) if i not in done]
     said = [f"Limit of this scale: {l}." for l in limits(evidence, JUDGED_RUNS)]
-    return said + list(LIMITS) + ([f"Without a result: {', '.join(lost)}."] if lost else [])
+    return said + list(LIMITS) + pair_lines(contrasts(evidence)) + ([f"Without a result: {', '.join(lost)}."] if lost else [])
 
 # %% ../../nbs/study/12_report.ipynb #fbf6d945
 def method_figure(evidence:Evidence)->go.Figure|None:
