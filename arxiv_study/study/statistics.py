@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SMALLEST_EFFECT', 'CONTRASTS', 'SUPPORTED', 'NOT_SUPPORTED', 'CANNOT_TELL', 'FEWEST_EVENTS', 'RATE_RATIO', 'Contrast',
            'Noise', 'additive_noise', 'Difference', 'spreads_differ', 'differences', 'paired_difference',
-           'mean_interval', 'holm_levels', 'verdict', 'Judged', 'judge_contrasts', 'bootstrap_share',
-           'threshold_verdict', 'rate_verdict']
+           'paired_means', 'mean_points', 'mean_interval', 'holm_levels', 'verdict', 'Judged', 'judge_contrasts',
+           'bootstrap_share', 'threshold_verdict', 'rate_verdict']
 
 # %% ../../nbs/study/04_statistics.ipynb #b9c864c6
 import math
@@ -92,6 +92,22 @@ def paired_difference(losses:pl.DataFrame, # run, seed, bits_per_byte
     a, b = noise.spread[run], noise.spread[against]
     if not spreads_differ(a, b, n): return Difference(mean, noise.sd*math.sqrt(2/n), noise.df, n)
     return Difference(mean, math.sqrt((a*a+b*b)/n), (a*a+b*b)**2/((a**4+b**4)/(n-1)), n)
+
+# %% ../../nbs/study/04_statistics.ipynb #5773f825
+def paired_means(losses:pl.DataFrame, # run, seed, bits_per_byte
+                 base:str)->dict: # run -> bits per byte, of runs that have one
+    "The base's mean over its seeds plus each run's mean difference over common seeds; the own mean where none is common."
+    losses = losses.filter(pl.col("bits_per_byte").is_not_null())
+    own = dict(losses.group_by("run").agg(pl.col("bits_per_byte").mean()).sort("run").iter_rows())
+    pairs = {run: differences(losses, run, base) for run in own}
+    return {run: own[base]+float(pairs[run].mean()) if len(pairs[run]) else mean for run, mean in own.items()}
+
+def mean_points(points:pl.DataFrame, # run, seed, n_params, n_tokens, bits_per_byte; see `branch_points`
+                base:str="R03")->pl.DataFrame: # run, n_params, n_tokens, bits_per_byte; by run and tokens
+    "One point a run and token count, means over seeds that are paired at each token count."
+    means = {tokens: paired_means(part, base) for (tokens,), part in points.group_by("n_tokens")}
+    rows = points.select("run", "n_params", "n_tokens").unique().sort("run", "n_tokens")
+    return rows.with_columns(bits_per_byte=pl.Series([means[tokens][run] for run, _, tokens in rows.iter_rows()], dtype=pl.Float64))
 
 # %% ../../nbs/study/04_statistics.ipynb #3f3a1048
 def mean_interval(values, level:float=.95)->tuple: # mean, low, high; no interval below three values
