@@ -8,7 +8,7 @@ __all__ = ['FEWEST_SEEDS', 'JUDGED_RUNS', 'LEDGER', 'NOISY', 'Evidence', 'with_s
            'control_hurts', 'both_conditions', 'noise_words', 'tokenizer_finding', 'wait_share', 'storage_finding',
            'stability_finding', 'scaling_finding', 'soon_words', 'curriculum_finding', 'findings']
 
-# %% ../../nbs/study/07_findings.ipynb #9851eb33
+# %% ../../nbs/study/07_findings.ipynb #934e6f47
 from dataclasses import dataclass, field
 from pathlib import Path
 import csv
@@ -21,7 +21,7 @@ from .convergence import EVALUATIONS, NOISE, NOISIER, evaluation_rows, noise_rat
 from .results import WARM, branch_points, load_events, load_result, load_results, load_steps, run_folder
 from .runs import said
 from .scaling import fresh_equivalent, size_slope
-from .statistics import CANNOT_TELL, CONTRASTS, NOT_SUPPORTED, SMALLEST_EFFECT, SUPPORTED, Judged, bootstrap_share, judge_contrasts, mean_interval, rate_verdict, threshold_verdict
+from .statistics import CANNOT_TELL, CONTRASTS, NOT_SUPPORTED, SMALLEST_EFFECT, SUPPORTED, Judged, bootstrap_share, judge_contrasts, mean_interval, mean_points, paired_means, rate_verdict, threshold_verdict
 
 # %% ../../nbs/study/07_findings.ipynb #53fcb1c8
 @dataclass(frozen=True)
@@ -161,15 +161,16 @@ def largest_loss(papers:dict, groups:dict, # see Evidence
     run = max(found, key=lambda r: found[r][0])
     return dict(run=run, share=found[run][0], low=found[run][1], high=found[run][2], all={r: s[0] for r, s in found.items()})
 
-# %% ../../nbs/study/07_findings.ipynb #5a281a7a
+# %% ../../nbs/study/07_findings.ipynb #8c5a0c45
 def worth(evidence:Evidence)->dict: # run -> least and most fresh tokens of R03, as shares of R03's own; equal between its branches
     "What a pass over each variant taught, in tokens of the baseline."
     curve = evidence.points.filter(pl.col("run") == "R03").group_by("n_tokens").agg(pl.col("bits_per_byte").mean()).sort("n_tokens")
     if curve.height < 2: return {}
-    means = evidence.results.filter(pl.col("run").is_in(["R09", "R10", "R11", "R12"])).group_by("run").agg(pl.col("bits_per_byte").mean()).drop_nulls().sort("run")
+    variants = ["R09", "R10", "R11", "R12"]
+    means = paired_means(evidence.results.filter(pl.col("run").is_in(["R03", *variants])), "R03")
     tokens, bits = curve["n_tokens"].to_numpy(), curve["bits_per_byte"].to_numpy()
     outside = lambda loss: (0., tokens[0]/tokens[-1]) if loss > bits.max() else (1., np.inf)
-    return {run: (t/tokens[-1],)*2 if t else outside(loss) for run, loss in means.iter_rows() for t in [fresh_equivalent(tokens, bits, loss)]}
+    return {run: (t/tokens[-1],)*2 if t else outside(loss) for run, loss in means.items() if run in variants for t in [fresh_equivalent(tokens, bits, loss)]}
 
 def worth_words(found:dict)->str:
     "The worth of the variants as a part of a sentence."
@@ -260,13 +261,12 @@ def stability_finding(evidence:Evidence, judged:list)->Finding:
     verdict, why = limited(evidence, decided, why, ("R01", "R06", "R07", "R08", "R17"))
     return Finding("Data-rich regime", "With 38 tokens a parameter, training is stable.", here, verdict, why, "supported if repeated data has more than twice the rate of spikes and divergence, of at least 5", "R01,R06,R07,R08,R17")
 
-# %% ../../nbs/study/07_findings.ipynb #17a0e8a6
+# %% ../../nbs/study/07_findings.ipynb #9b188120
 def scaling_finding(evidence:Evidence)->Finding:
     "Does loss fall with size, as a power law?"
     rule = "supported if the slope of ln(bits per byte) on ln(parameters) is below 0; a power law also needs no curvature and R04 predicted within 0.05"
-    p, budgets = evidence.points, {}
-    for tokens, part in p.group_by("n_tokens"): budgets[tokens[0]] = part.group_by("run").agg(pl.col("n_params", "bits_per_byte").mean()).sort("n_params")
-    full = {t: f for t, f in budgets.items() if f.height >= 4}
+    p = evidence.points
+    full = {tokens: f.sort("n_params") for (tokens,), f in mean_points(p).group_by("n_tokens") if f.height >= 4}
     if not full: return Finding("Scaling", "Loss falls with model size.", "not measured", *limited(evidence, CANNOT_TELL, "four sizes at one token count are needed"), rule, "R01,R02,R03,R04")
     at = full[max(full)]
     s = size_slope(at["n_params"].to_numpy(), at["bits_per_byte"].to_numpy())
