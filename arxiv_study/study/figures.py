@@ -8,7 +8,7 @@ __all__ = ['COLOURS', 'MARKERS', 'DASHES', 'PARTS', 'KNEE', 'DRAWN', 'SAME_TEXT'
            'infrastructure_figure', 'throttle_rows', 'knee', 'throttle_figure', 'drawn_curve', 'drawn_curves',
            'clock_rows', 'clocks_figure', 'law_cut', 'law_figure', 'law_rows', 'points_figure']
 
-# %% ../../nbs/study/08_figures.ipynb #36d14d0c
+# %% ../../nbs/study/08_figures.ipynb #d105d421
 import math
 import numpy as np
 import plotly.graph_objects as go
@@ -17,6 +17,7 @@ from ..settings import StudyError
 from .convergence import CLOCKS, WINDOW, on_clocks, smoothed
 from .runs import changed
 from .scaling import EPOCH, PAPER, ScalingLaw, compute_optimal
+from .statistics import mean_points, paired_means
 
 # %% ../../nbs/study/08_figures.ipynb #a34684c4
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -42,17 +43,16 @@ def missing(family:str, needed:str # the family, and the runs it needs
     fig.update_xaxes(visible=False).update_yaxes(visible=False)
     return styled(fig, f"The {family} family has not been run", f"Empty: the {family} family has no finished run.")
 
-# %% ../../nbs/study/08_figures.ipynb #df4b256f
-def _means(results:pl.DataFrame, runs)->dict: # run -> mean bits per byte, of runs that have one
-    "Mean loss over seeds."
-    r = results.filter(pl.col("run").is_in(list(runs)) & pl.col("bits_per_byte").is_not_null()).group_by("run").agg(pl.col("bits_per_byte").mean())
-    return dict(sorted(r.iter_rows()))
+# %% ../../nbs/study/08_figures.ipynb #846c9fba
+def _means(results:pl.DataFrame, runs, base:str="R03")->dict: # run -> mean bits per byte, of runs that have one
+    "Mean loss over seeds, paired with the base's."
+    return paired_means(results.filter(pl.col("run").is_in(list(runs))), base)
 
 def size_figure(points:pl.DataFrame # run, seed, n_params, n_tokens, bits_per_byte; see `branch_points`
                )->go.Figure:
     "Bits per byte against parameters, a line a token count."
     if points.is_empty(): return missing("size", "R01 to R04")
-    mean = points.group_by("n_params", "n_tokens").agg(pl.col("bits_per_byte").mean()).sort("n_params")
+    mean = mean_points(points).sort("n_params")
     fig, budgets = go.Figure(), sorted(mean["n_tokens"].unique())
     for k, tokens in enumerate(budgets):
         at = mean.filter(pl.col("n_tokens") == tokens)
@@ -76,12 +76,12 @@ def _size_finding(mean:pl.DataFrame, budgets:list)->tuple: # title, alternative 
     title = f"From {first['n_params']:,} to {last['n_params']:,} parameters {words} at {shared[-1]:,} tokens"
     return title, f"Lines of held-out bits per byte against parameters, one for each of {len(budgets)} token counts; {words} at the most shared count."
 
-# %% ../../nbs/study/08_figures.ipynb #760a9d83
+# %% ../../nbs/study/08_figures.ipynb #0b79eafe
 def data_figure(results:pl.DataFrame, curves:dict, # run -> frame of steps, see `load_steps`
                )->go.Figure:
     "Training loss over tokens of R01 and R05 to R08."
     names = {"R01": "fresh", "R05": "a tenth, once", "R06": "a tenth, ten times", "R07": "fresh, 8× learning rate", "R08": "a tenth, ten times, 8×"}
-    mean = _means(results, names)
+    mean = _means(results, names, "R01")
     if not mean: return missing("data", "R01, R05 to R08")
     fig = go.Figure()
     for k, (run, label) in enumerate(names.items()):
@@ -124,7 +124,7 @@ def preprocessing_figure(results:pl.DataFrame, usable:dict, # run -> usable toke
     right = dict(title="held-out bits per byte", overlaying="y", side="right", showgrid=False, rangemode="normal", tickmode="auto", tickformat=".2f") # else its ticks are set where the left ones are
     return fig.update_layout(yaxis2=right, xaxis_tickangle=0, legend=dict(orientation="h", y=1.02, yanchor="bottom", x=0), margin=dict(r=70, t=110), height=460)
 
-# %% ../../nbs/study/08_figures.ipynb #60874cd5
+# %% ../../nbs/study/08_figures.ipynb #b65bab75
 def tokenizer_figure(results:pl.DataFrame, bytes_per_token:dict, # run -> bytes a token
                      runs:dict)->go.Figure:
     "Held-out loss against compression."
@@ -132,7 +132,7 @@ def tokenizer_figure(results:pl.DataFrame, bytes_per_token:dict, # run -> bytes 
     if len(ids) < 2: return missing("tokenizer", "R03 and R13 to R16")
     mean, fig = _means(results, ids), go.Figure()
     for k, i in enumerate(ids):
-        fig.add_scatter(x=[bytes_per_token[i]], y=[mean[i]], name=f"{i} {changed(runs[i])}", mode="markers+text", text=[i], textposition=("top center", "bottom center")[k % 2], # neighbours may stand close
+        fig.add_scatter(x=[bytes_per_token[i]], y=[mean[i]], name=f"{i} {changed(runs[i])}", mode="markers",
                         marker=dict(size=13, symbol=MARKERS[k], color=COLOURS[k]), hovertemplate="%{x:.2f} bytes a token<br>%{y:.3f} bits per byte")
     best = min(ids, key=mean.get)
     lead = sorted(mean.values())[1]-mean[best]
@@ -299,12 +299,12 @@ def law_rows(law:ScalingLaw=EPOCH)->list:
     n, d = PAPER
     return [*rows, {"place": "the paper", "flops": 6*n*d, "parameters": n, "tokens": d, "tokens a parameter": d/n, "predicted loss": float(law.loss(n, d))}]
 
-# %% ../../nbs/study/08_figures.ipynb #bef294b1
+# %% ../../nbs/study/08_figures.ipynb #10db3920
 def points_figure(points:pl.DataFrame # see `branch_points`
                  )->go.Figure:
     "Bits per byte over training FLOPs, a curve a size."
     if points.is_empty(): return missing("size", "R01 to R04")
-    mean = points.group_by("run", "n_params", "n_tokens").agg(pl.col("bits_per_byte").mean()).with_columns(flops=6.*pl.col("n_params")*pl.col("n_tokens")).sort("flops")
+    mean = mean_points(points).with_columns(flops=6.*pl.col("n_params")*pl.col("n_tokens")).sort("flops")
     fig, sizes = go.Figure(), sorted(mean["n_params"].unique())
     for k, size in enumerate(sizes):
         own = mean.filter(pl.col("n_params") == size)
