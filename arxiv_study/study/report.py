@@ -10,7 +10,7 @@ __all__ = ['TABLES', 'LIMITS', 'STYLE', 'SCRIPT', 'PLANNED', 'REPORT_PARAMETERS'
            'sooner_rows', 'noise_table', 'on_the_way_html', 'scaling_html', 'infrastructure_html', 'sections',
            'page_html', 'evidence_of', 'write_report', 'settings_of', 'open_evidence', 'open_family']
 
-# %% ../../nbs/study/12_report.ipynb #b33bbf03
+# %% ../../nbs/study/12_report.ipynb #b4be4d65
 import html, json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from .notebook import table_html
 from .results import run_folder, table_of_runs
 from .runs import FAMILIES, read_runs, runs_folder
 from .scaling import EPOCH, MUENNIGHOFF, PAPER, compute_optimal, fit_answer, fresh_equivalent, iso_flop_valley, repeats_worth
-from .statistics import CANNOT_TELL, mean_interval
+from .statistics import CANNOT_TELL, mean_interval, mean_points, paired_means
 
 # %% ../../nbs/study/12_report.ipynb #de2528cd
 @dataclass(frozen=True)
@@ -193,11 +193,10 @@ def repeat_html(evidence:Evidence)->str:
             {"what": "this page", "command": "arxiv-study report", "file": "runs/study.ipynb"}]
     return scrolled(rows, "How to repeat it")
 
-# %% ../../nbs/study/12_report.ipynb #40aa48b4
+# %% ../../nbs/study/12_report.ipynb #93a97a68
 def study_points(evidence:Evidence)->np.ndarray: # [points, 3]: parameters, tokens, bits per byte
     "The branches and ends of the size family, means over seeds."
-    mean = evidence.points.group_by("run", "n_params", "n_tokens").agg(pl.col("bits_per_byte").mean()).sort("run", "n_tokens")
-    return mean.select(pl.col("n_params", "n_tokens", "bits_per_byte").cast(pl.Float64)).to_numpy()
+    return mean_points(evidence.points).select(pl.col("n_params", "n_tokens", "bits_per_byte").cast(pl.Float64)).to_numpy()
 
 def scaling_words(points:np.ndarray)->str:
     "The fit in a sentence, or its refusal."
@@ -216,11 +215,12 @@ def valley_rows(points:np.ndarray)->list:
     found = [iso_flop_valley(points, 6*n*d) for n, d, _ in middle]
     return [{"budget, FLOPs": f"{v.flops:.2e}", "sizes": v.n_sizes, "best size, parameters": v.n_params and round(v.n_params), "bits per byte": v.loss, "why not": v.reason or ""} for v in found]
 
-# %% ../../nbs/study/12_report.ipynb #b9931c3d
+# %% ../../nbs/study/12_report.ipynb #cf5e9734
 def repeats_words(evidence:Evidence)->str: # empty where R01, R05 or R06 is missing
     "How many fresh tokens the ten passes of R06 were worth."
     mean = lambda run, column: evidence.results.filter(pl.col("run") == run)[column].drop_nulls().mean()
-    loss, served, unique = mean("R06", "bits_per_byte"), mean("R06", "tokens"), mean("R05", "tokens")
+    losses = paired_means(evidence.results.filter(pl.col("run").is_in(["R01", "R06"])), "R01")
+    loss, served, unique = losses.get("R06"), mean("R06", "tokens"), mean("R05", "tokens")
     curve = evidence.points.filter(pl.col("run") == "R01").group_by("n_tokens").agg(pl.col("bits_per_byte").mean()).sort("n_tokens")
     if None in (loss, served, unique) or curve.height < 2 or served <= unique: return ""
     head = f"R06 reads {unique:,.0f} tokens {served/unique:.0f} times"
@@ -293,7 +293,7 @@ def infrastructure_html(evidence:Evidence)->str:
     shares = scrolled(share_rows(evidence), "Time shares", "Shares of each run's own time, means over seeds") if share_rows(evidence) else "<p>No run has been timed.</p>"
     return shares + throttle + f"<h3>At paper scale: an extrapolation</h3><p>{html.escape(extrapolation_words(evidence))}</p>" + scrolled(extrapolation_rows(), "Extrapolation", "Computed by arxiv-study plan --scale paper")
 
-# %% ../../nbs/study/12_report.ipynb #1fb60c1e
+# %% ../../nbs/study/12_report.ipynb #701ce69a
 def sections(evidence:Evidence, runs:dict)->list[tuple]: # (id, title, HTML)
     "The parts of the report, in reading order."
     lists = "<ul>" + "".join(f"<li>{html.escape(l)}</li>" for l in limit_lines(evidence, runs)) + "</ul>"
@@ -304,7 +304,7 @@ def sections(evidence:Evidence, runs:dict)->list[tuple]: # (id, title, HTML)
     return [("findings", "Findings", "".join(map(finding_html, finding_rows(evidence)))), ("learned", "Have the models learned?", beside),
             ("method", "Method", f"<p>{html.escape(method_words(evidence))}</p>" + (figure_html("papers", method, []) if method else "")),
             ("families", "Six families", figures), ("way", "On the way", on_the_way_html(evidence, runs)), ("scaling", "Scaling", scaling_html(evidence)), ("time", "Where the time went", infrastructure_html(evidence)),
-            ("runs", "The 24 runs", scrolled(table, "The 24 runs", "Losses are held-out bits per byte, means over seeds; seconds are of the training processes")),
+            ("runs", "The 24 runs", scrolled(table, "The 24 runs", "Losses are held-out bits per byte, means over seeds, of which the baseline has more than others: differences stand under Nine contrasts; seconds are of the training processes")),
             ("contrasts", "Nine contrasts", scrolled(contrast_rows(evidence), "Contrasts", "Effects are positive in the claimed direction; intervals by Holm over all nine") if contrast_rows(evidence) else "<p>No run has a loss yet.</p>"),
             ("costs", "Costs", scrolled(cost_rows(evidence, runs), "Costs", "Training processes by family")), ("limits", "Limits", lists), ("repeat", "How to repeat it", repeat_html(evidence))]
 
