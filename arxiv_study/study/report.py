@@ -10,7 +10,7 @@ __all__ = ['TABLES', 'LIMITS', 'STYLE', 'SCRIPT', 'PLANNED', 'REPORT_PARAMETERS'
            'sooner_rows', 'noise_table', 'on_the_way_html', 'scaling_html', 'infrastructure_html', 'sections',
            'page_html', 'evidence_of', 'write_report', 'settings_of', 'open_evidence', 'open_family']
 
-# %% ../../nbs/study/12_report.ipynb #b4be4d65
+# %% ../../nbs/study/12_report.ipynb #4897446b
 import html, json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from .notebook import table_html
 from .results import run_folder, table_of_runs
 from .runs import FAMILIES, read_runs, runs_folder
 from .scaling import EPOCH, MUENNIGHOFF, PAPER, compute_optimal, fit_answer, fresh_equivalent, iso_flop_valley, repeats_worth
-from .statistics import CANNOT_TELL, mean_interval, mean_points, paired_means
+from .statistics import CANNOT_TELL, SMALLEST_EFFECT, mean_interval, mean_points, paired_means
 
 # %% ../../nbs/study/12_report.ipynb #de2528cd
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def cost_rows(evidence:Evidence, runs:dict)->list:
     r = evidence.results.join(families, on="run", how="left").filter(pl.col("total_s").is_not_null()).group_by("family").agg(runs=pl.len(), tokens=pl.col("tokens").sum(), seconds=pl.col("total_s").sum(), flops=pl.col("flops").sum())
     return r.sort(pl.col("family").replace_strict({f: k for k, f in enumerate(FAMILIES)}, default=9)).to_dicts()
 
-# %% ../../nbs/study/12_report.ipynb #e190b294
+# %% ../../nbs/study/12_report.ipynb #5fe2219f
 LIMITS = ("One corpus, one machine, one optimiser. Nothing here speaks of models a thousand times larger.",
           "Losses are compared on the same held-out bytes; a difference below 0.05 bits per byte is treated as none.",
           "Seconds are those of a shared machine: only shares within one run are compared.",
@@ -105,7 +105,7 @@ def pair_lines(judged:list)->list[str]: # of `contrasts`
     out = []
     for j in judged:
         mean, low, high = mean_interval(j.pairs)
-        if j.verdict != CANNOT_TELL or low is None or low <= 0 <= high: continue
+        if j.verdict != CANNOT_TELL or low is None or (low <= 0 and high >= SMALLEST_EFFECT): continue
         out.append(f"Noise is pooled over all runs of a size, as was fixed before any was made. By its own {j.n_seeds} pairs alone, and not counting that nine were tried, {j.contrast.run} − {j.contrast.against} would be "
                    f"{mean:+.3f} [{low:+.3f}, {high:+.3f}] as claimed: a hint to follow with more seeds, no verdict.".replace("-", "−"))
     return out
