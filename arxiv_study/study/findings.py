@@ -146,7 +146,7 @@ def contrasts(evidence:Evidence)->list[Judged]:
 def _contrast(judged:list, run:str, against:str)->Judged|None:
     return next((j for j in judged if (j.contrast.run, j.contrast.against) == (run, against)), None)
 
-# %% ../../nbs/study/07_findings.ipynb #a6abb9dd
+# %% ../../nbs/study/07_findings.ipynb #b2da21b4
 def largest_loss(papers:dict, groups:dict, # see Evidence
                  n_draws:int=2000)->dict|None: # run, share, low, high
     "The largest relative loss of tokens against the baseline, with a bootstrap over groups."
@@ -154,7 +154,7 @@ def largest_loss(papers:dict, groups:dict, # see Evidence
     for run in ("R09", "R10", "R11", "R12"):
         if run not in papers or "R03" not in papers: continue
         both = papers["R03"].join(papers[run], on="id", how="full", coalesce=True, suffix="_here").with_columns(pl.col("n_tokens", "n_tokens_here").fill_null(0))
-        both = both.with_columns(group=pl.Series([groups.get(i, i) for i in both["id"]])).group_by("group").agg(pl.col("n_tokens", "n_tokens_here").sum()).sort("group") # a join keeps no order, and the draws follow it
+        both = both.with_columns(group=pl.Series([groups.get(i, i) for i in both["id"]])).group_by("group").agg(pl.col("n_tokens", "n_tokens_here").sum()).sort("n_tokens", "n_tokens_here") # a join keeps no order, names of groups differ in kept results, and the draws follow the order
         found[run] = bootstrap_share((both["n_tokens"]-both["n_tokens_here"]).to_numpy(), both["n_tokens"].to_numpy(), n_draws)
     found = {run: s for run, s in found.items() if s[0] is not None}
     if not found: return None
@@ -261,7 +261,7 @@ def stability_finding(evidence:Evidence, judged:list)->Finding:
     verdict, why = limited(evidence, decided, why, ("R01", "R06", "R07", "R08", "R17"))
     return Finding("Data-rich regime", "With 38 tokens a parameter, training is stable.", here, verdict, why, "supported if repeated data has more than twice the rate of spikes and divergence, of at least 5", "R01,R06,R07,R08,R17")
 
-# %% ../../nbs/study/07_findings.ipynb #9b188120
+# %% ../../nbs/study/07_findings.ipynb #ee3df9aa
 def scaling_finding(evidence:Evidence)->Finding:
     "Does loss fall with size, as a power law?"
     rule = "supported if the slope of ln(bits per byte) on ln(parameters) is below 0; a power law also needs no curvature and R04 predicted within 0.05"
@@ -275,7 +275,7 @@ def scaling_finding(evidence:Evidence)->Finding:
     power = low is not None and low <= 0 <= high and abs(s.predicted-s.measured) <= SMALLEST_EFFECT
     here = f"slope {_signed(s.slope)} at {max(full):,} tokens; curvature {_signed(s.curvature)}{_ends(low, high)}; the largest size predicted as {s.predicted:.3f}, measured {s.measured:.3f}"
     decided = SUPPORTED if len(slopes) >= 3 and max(slopes) < 0 else NOT_SUPPORTED if len(slopes) >= 3 and min(slopes) >= 0 else CANNOT_TELL
-    verdict, why = limited(evidence, decided, f"{'and' if power else 'but not'} a power law by the rule; what the points say of a full law stands under Scaling", ("R01", "R02", "R03", "R04"))
+    verdict, why = limited(evidence, decided, f"by the rule, {'and' if power else 'but not'} as a power law; what the points say of a full law stands under Scaling", ("R01", "R02", "R03", "R04"))
     return Finding("Scaling", "Loss falls with model size.", here, verdict, why, rule, "R01,R02,R03,R04")
 
 # %% ../../nbs/study/07_findings.ipynb #96daf21e
