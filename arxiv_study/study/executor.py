@@ -7,7 +7,7 @@ __all__ = ['MINIATURE_PAPERS', 'TRAINING_NAMES', 'ON_THE_WAY', 'EIGHTHS', 'WRITT
            'Prepared', 'prepare_corpus', 'prepare_tokens', 'prepare', 'same_papers', 'budget', 'cadence',
            'launch_config', 'disagreement', 'Page', 'open_page', 'clear_run', 'recorded', 'build', 'train',
            'check_effective', 'is_done', 'settings_file', 'notebook_command', 'last_step', 'execute_run', 'show_table',
-           'prepare_all', 'chosen', 'changes', 'run_all', 'ending', 'clear_leftovers', 'execute_study']
+           'prepare_all', 'chosen', 'changes', 'run_all', 'ending', 'clear_leftovers', 'lost_runs', 'execute_study']
 
 # %% ../../nbs/study/03_executor.ipynb #ea0218e1
 import json, os, shutil, sys, tempfile, time
@@ -372,7 +372,13 @@ def clear_leftovers(settings:Settings):
         if (settings.workspace/place).is_dir(): clear_abandoned(settings.workspace/place)
     for run in (settings.workspace/"runs"/settings.scale).glob("R*/s*"): clear_abandoned(run)
 
-# %% ../../nbs/study/03_executor.ipynb #eceff8c0
+# %% ../../nbs/study/03_executor.ipynb #3bc470c2
+def lost_runs(asked:list # of `chosen`
+             )->list[str]: # such as R07 or, after the first seed, R07 s1
+    "Runs of this call that have not come to their end; what another study does with other seeds is its own."
+    state = lambda run, s: read_status(run_folder(s.workspace, s.scale, run.id, s.seed))["state"]
+    return [f"{run.id} s{s.seed}" if s.seed else run.id for run, _, s in asked if state(run, s) in ("failed", "running", "stopped")]
+
 def execute_study(settings:Settings, only=(), # ids; none for all
                   failed:bool=False, # repeat the failed ones alone
                   dry_run:bool=False, seeds:int|None=1, # None: as many as the design gives each run
@@ -388,15 +394,15 @@ def execute_study(settings:Settings, only=(), # ids; none for all
     todo = [(run, c, s) for run, c, s in asked if run.id in broken or not is_done(c, s)]
     say(f"{len(asked)-len(todo)} of {len(asked)} runs are done, {len(todo)} to do at scale {settings.scale}")
     run_all(todo, broken, quiet, say)
-    return _finish(settings, runs, select(runs, only), started, say, as_json)
+    return _finish(settings, runs, select(runs, only), asked, started, say, as_json)
 
-def _finish(settings, runs, shown, started, say, as_json)->pl.DataFrame:
+def _finish(settings, runs, shown, asked, started, say, as_json)->pl.DataFrame:
     "The report, the table, and an error where a run failed."
     table = table_of_runs(load_results(settings.workspace, settings.scale, runs), shown)
     if len(shown) == len(runs):
         from arxiv_study.study.report import write_report
         say(f"report: {write_report(settings.workspace, settings.scale, settings)}")
     show_table(table.drop("seeds").to_dicts(), f"{len(shown)} runs at scale {settings.scale}, {duration(time.monotonic()-started)}", as_json)
-    lost = [id for id, outcome in table.select("id", "outcome").iter_rows() if {"failed", "running", "stopped"} & set(outcome.split())]
-    if lost: raise StudyError(f"{len(lost)} of {len(shown)} runs failed or were stopped ({', '.join(lost)}); read why in the run's notebook under {settings.workspace/'runs'/settings.scale}, and repeat them with --failed")
+    lost = lost_runs(asked)
+    if lost: raise StudyError(f"{len(lost)} of {len(asked)} runs failed or were stopped ({', '.join(lost)}); read why in the run's notebook under {settings.workspace/'runs'/settings.scale}, and repeat them with --failed")
     return table
