@@ -23,7 +23,7 @@ from .runs import said
 from .scaling import fresh_equivalent, size_slope
 from .statistics import CANNOT_TELL, CONTRASTS, NOT_SUPPORTED, SMALLEST_EFFECT, SUPPORTED, Judged, bootstrap_share, judge_contrasts, mean_interval, mean_points, paired_means, rate_verdict, threshold_verdict
 
-# %% ../../nbs/study/07_findings.ipynb #53fcb1c8
+# %% ../../nbs/study/07_findings.ipynb #6a96fb6d
 @dataclass(frozen=True)
 class Evidence:
     "What the runs of a scale left behind."
@@ -40,8 +40,7 @@ class Evidence:
     noise: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=NOISE)) # of the baseline and the tokenizers, all seeds, see there
 
     def short_of_seeds(self, runs)->list: # those of the runs whose noise cannot be seen
-        losses = self.results.filter(pl.col("bits_per_byte").is_not_null()) if self.results.height else self.results
-        counts = dict(losses.group_by("run").len().iter_rows()) if losses.height else {}
+        counts = dict(self.results.drop_nulls("bits_per_byte").group_by("run").len().iter_rows())
         return [r for r in runs if counts.get(r, 0) < FEWEST_SEEDS]
 
 FEWEST_SEEDS = 3
@@ -203,7 +202,7 @@ def both_conditions(loss:str, noise:str, control:bool # verdicts on the two, and
     if (loss, noise) == (SUPPORTED, SUPPORTED): return SUPPORTED, "by the rule"
     return CANNOT_TELL, " and ".join(w for w, v in (("the loss", loss), ("the gradient-noise scale", noise)) if v == CANNOT_TELL) + " cannot be told"
 
-# %% ../../nbs/study/07_findings.ipynb #c2c11192
+# %% ../../nbs/study/07_findings.ipynb #f601c220
 def noise_words(r)->str: # a NoiseRatio
     "The noise scales as a part of a sentence."
     if r.ratio is None: return "; the gradient-noise scale was not measured in both"
@@ -212,11 +211,12 @@ def noise_words(r)->str: # a NoiseRatio
 
 def tokenizer_finding(evidence:Evidence, judged:list)->Finding:
     "Is a tokenizer that has only seen prose worse and less stable?"
+    runs = "R03,R15,R17"
     j, r = _contrast(judged, "R15", "R03"), noise_ratio(evidence.noise, "R15", "R03")
     here = "not measured" if j is None or j.effect is None else f"R15 − R03 is {_signed(j.effect)} bits per byte{_ends(j.low, j.high)}{noise_words(r)}"
-    verdict, why = limited(evidence, *both_conditions(j.verdict if j else CANNOT_TELL, r.verdict, control_hurts(judged)), ("R03", "R15", "R17"))
+    verdict, why = limited(evidence, *both_conditions(j.verdict if j else CANNOT_TELL, r.verdict, control_hurts(judged)), runs.split(","))
     return Finding("Tokenizer mismatch", "A tokenizer that does not fit scientific text makes symbols unstable and training worse.", here, verdict, why,
-                   f"supported if the loss is worse by {SMALLEST_EFFECT} and the gradient-noise scale in bytes at matched loss at least {NOISIER} times as large, both with an interval", "R03,R15,R17")
+                   f"supported if the loss is worse by {SMALLEST_EFFECT} and the gradient-noise scale in bytes at matched loss at least {NOISIER} times as large, both with an interval", runs)
 
 # %% ../../nbs/study/07_findings.ipynb #ee629dc1
 def wait_share(steps:pl.DataFrame, # see `load_steps`
@@ -247,9 +247,10 @@ def _events(evidence:Evidence, runs)->tuple: # events, steps
     r = evidence.results.filter(pl.col("run").is_in(list(runs)))
     return int(r["spikes"].fill_null(0).sum()) + int((r["outcome"] == "diverged").sum() or 0), int(r["steps"].fill_null(0).sum())
 
-# %% ../../nbs/study/07_findings.ipynb #ebe75d16
+# %% ../../nbs/study/07_findings.ipynb #718cb8a0
 def stability_finding(evidence:Evidence, judged:list)->Finding:
     "Is training on fresh tokens stabler than on repeated ones?"
+    runs = "R01,R06,R07,R08,R17"
     (more, steps), (fewer, steps_against) = _events(evidence, ("R06", "R08")), _events(evidence, ("R01", "R07"))
     ratio, decided = rate_verdict(more, steps, fewer, steps_against)
     overfit = _contrast(judged, "R06", "R01")
@@ -258,16 +259,16 @@ def stability_finding(evidence:Evidence, judged:list)->Finding:
     here = f"{more} events in {steps} steps with repeated tokens, {fewer} in {steps_against} with fresh ones{cost}"
     why = "fewer than 5 events" if ratio is None else f"rate ratio {ratio:.1f}"
     if decided == NOT_SUPPORTED and not control_hurts(judged): decided, why = CANNOT_TELL, "the positive control R17 does not hurt, so this scale shows no instability"
-    verdict, why = limited(evidence, decided, why, ("R01", "R06", "R07", "R08", "R17"))
-    return Finding("Data-rich regime", "With 38 tokens a parameter, training is stable.", here, verdict, why, "supported if repeated data has more than twice the rate of spikes and divergence, of at least 5", "R01,R06,R07,R08,R17")
+    verdict, why = limited(evidence, decided, why, runs.split(","))
+    return Finding("Data-rich regime", "With 38 tokens a parameter, training is stable.", here, verdict, why, "supported if repeated data has more than twice the rate of spikes and divergence, of at least 5", runs)
 
-# %% ../../nbs/study/07_findings.ipynb #ee3df9aa
+# %% ../../nbs/study/07_findings.ipynb #6d9ab833
 def scaling_finding(evidence:Evidence)->Finding:
     "Does loss fall with size, as a power law?"
     rule = "supported if the slope of ln(bits per byte) on ln(parameters) is below 0; a power law also needs no curvature and R04 predicted within 0.05"
-    p = evidence.points
+    p, runs = evidence.points, "R01,R02,R03,R04"
     full = {tokens: f.sort("n_params") for (tokens,), f in mean_points(p).group_by("n_tokens") if f.height >= 4}
-    if not full: return Finding("Scaling", "Loss falls with model size.", "not measured", *limited(evidence, CANNOT_TELL, "four sizes at one token count are needed"), rule, "R01,R02,R03,R04")
+    if not full: return Finding("Scaling", "Loss falls with model size.", "not measured", *limited(evidence, CANNOT_TELL, "four sizes at one token count are needed"), rule, runs)
     at = full[max(full)]
     s = size_slope(at["n_params"].to_numpy(), at["bits_per_byte"].to_numpy())
     each = [size_slope(f["n_params"].to_numpy(), f["bits_per_byte"].to_numpy()) for (_,), q in p.filter(pl.col("n_tokens") == max(full)).group_by("seed", maintain_order=True) if (f := q.sort("n_params")).height >= 4]
@@ -275,8 +276,8 @@ def scaling_finding(evidence:Evidence)->Finding:
     power = low is not None and low <= 0 <= high and abs(s.predicted-s.measured) <= SMALLEST_EFFECT
     here = f"slope {_signed(s.slope)} at {max(full):,} tokens; curvature {_signed(s.curvature)}{_ends(low, high)}; the largest size predicted as {s.predicted:.3f}, measured {s.measured:.3f}"
     decided = SUPPORTED if len(slopes) >= 3 and max(slopes) < 0 else NOT_SUPPORTED if len(slopes) >= 3 and min(slopes) >= 0 else CANNOT_TELL
-    verdict, why = limited(evidence, decided, f"by the rule, {'and' if power else 'but not'} as a power law; what the points say of a full law stands under Scaling", ("R01", "R02", "R03", "R04"))
-    return Finding("Scaling", "Loss falls with model size.", here, verdict, why, rule, "R01,R02,R03,R04")
+    verdict, why = limited(evidence, decided, f"by the rule, {'and' if power else 'but not'} as a power law; what the points say of a full law stands under Scaling", runs.split(","))
+    return Finding("Scaling", "Loss falls with model size.", here, verdict, why, rule, runs)
 
 # %% ../../nbs/study/07_findings.ipynb #96daf21e
 def soon_words(found:list)->str: # of `sooner`
@@ -288,7 +289,7 @@ def soon_words(found:list)->str: # of `sooner`
     domains = ", ".join(f"{s.domain} {s.gain:.2f}" for s in found[1:] if s.gain is not None)
     return f"; R20 reaches {target} at {whole.gain:.2f}{ends} times the pace" + (f" ({domains})" if domains else "")
 
-# %% ../../nbs/study/07_findings.ipynb #3473d237
+# %% ../../nbs/study/07_findings.ipynb #865b03ef
 def _beside(judged:Judged)->str:
     "A gain or a loss in words."
     word, sign = ("better", 1) if judged.effect >= 0 else ("worse", -1)
@@ -297,15 +298,16 @@ def _beside(judged:Judged)->str:
 
 def curriculum_finding(evidence:Evidence, judged:list)->Finding:
     "Does prose first, formulas later beat mixed data?"
+    runs = "R03,R19,R20,R17"
     pair = [_contrast(judged, "R20", other) for other in ("R03", "R19")]
     here = "; ".join(_beside(j) for j in pair if j and j.effect is not None) or "not measured"
     verdicts = [j.verdict if j else CANNOT_TELL for j in pair]
     decided = SUPPORTED if verdicts == [SUPPORTED]*2 else NOT_SUPPORTED if NOT_SUPPORTED in verdicts else CANNOT_TELL
     why = "by the rule"
     if decided == NOT_SUPPORTED and not control_hurts(judged): decided, why = CANNOT_TELL, "the positive control R17 does not hurt, so a null about the schedule says nothing"
-    verdict, why = limited(evidence, decided, why, ("R03", "R17", "R19", "R20"))
+    verdict, why = limited(evidence, decided, why, runs.split(","))
     here += soon_words(sooner(evidence.evaluations, "R20"))
-    return Finding("Curriculum", "A staged curriculum, prose before formulas, helps.", here, verdict, why, f"supported if R20 beats both R03 and R19 by {SMALLEST_EFFECT}", "R03,R19,R20,R17")
+    return Finding("Curriculum", "A staged curriculum, prose before formulas, helps.", here, verdict, why, f"supported if R20 beats both R03 and R19 by {SMALLEST_EFFECT}", runs)
 
 # %% ../../nbs/study/07_findings.ipynb #93401ee8
 def findings(evidence:Evidence)->list[Finding]:
