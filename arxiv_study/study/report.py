@@ -94,7 +94,7 @@ def cost_rows(evidence:Evidence, runs:dict)->list:
     r = evidence.results.join(families, on="run", how="left").filter(pl.col("total_s").is_not_null()).group_by("family").agg(runs=pl.len(), tokens=pl.col("tokens").sum(), seconds=pl.col("total_s").sum(), flops=pl.col("flops").sum())
     return r.sort(pl.col("family").replace_strict({f: k for k, f in enumerate(FAMILIES)}, default=9)).to_dicts()
 
-# %% ../../nbs/study/12_report.ipynb #5fe2219f
+# %% ../../nbs/study/12_report.ipynb #9461361a
 LIMITS = ("One corpus, one machine, one optimiser. Nothing here speaks of models a thousand times larger.",
           "Losses are compared on the same held-out bytes; a difference below 0.05 bits per byte is treated as none.",
           "Seconds are those of a shared machine: only shares within one run are compared.",
@@ -115,7 +115,7 @@ def limit_lines(evidence:Evidence, runs:dict)->list[str]:
     done = set(evidence.results.filter(pl.col("state") == "done")["run"])
     lost = [i for i in sorted(runs) if i not in done]
     said = [f"Limit of this scale: {l}." for l in limits(evidence, JUDGED_RUNS)]
-    return said + list(LIMITS) + pair_lines(contrasts(evidence)) + ([f"Without a result: {', '.join(lost)}."] if lost else [])
+    return said + list(LIMITS) + ([] if limits(evidence) else pair_lines(contrasts(evidence))) + ([f"Without a result: {', '.join(lost)}."] if lost else [])
 
 # %% ../../nbs/study/12_report.ipynb #fbf6d945
 def method_figure(evidence:Evidence)->go.Figure|None:
