@@ -2314,6 +2314,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'arxiv_study/study/executor.py'),
                                             'arxiv_study.study.executor.launch_config': ( 'study/executor.html#launch_config',
                                                                                           'arxiv_study/study/executor.py'),
+                                            'arxiv_study.study.executor.lost_runs': ( 'study/executor.html#lost_runs',
+                                                                                      'arxiv_study/study/executor.py'),
                                             'arxiv_study.study.executor.notebook_command': ( 'study/executor.html#notebook_command',
                                                                                              'arxiv_study/study/executor.py'),
                                             'arxiv_study.study.executor.open_page': ( 'study/executor.html#open_page',
